@@ -1,0 +1,1 @@
+"""The science: space-time transformers and their scores, in PyTorch alone."""

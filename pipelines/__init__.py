@@ -1,0 +1,1 @@
+"""The work: archives, training, forecasting and scoring on Ray and xarray."""

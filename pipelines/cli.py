@@ -1,0 +1,230 @@
+"""The `earthformer` command: one verb a stage."""
+
+import json
+import sys
+import warnings
+from dataclasses import asdict
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from pipelines.errors import InputError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Deep-learning Earth-system forecasting on Ray: archive → Zarr → Earthformer → forecast → scores.",
+)
+console = Console()
+errors = Console(stderr=True)
+
+Workers = Annotated[int | None, typer.Option(help="Parallel workers; default: one a processor.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and do nothing.")]
+ConfigFile = Annotated[str | None, typer.Option("--config", help="YAML or JSON laid over the preset.")]
+Assignments = Annotated[list[str] | None, typer.Option("--set", help="section.key=value, repeatable.")]
+Archive = Annotated[str, typer.Option(help="URL of the prepared archive.")]
+Forecasts = Annotated[list[str], typer.Option("--forecast", help="URL of a forecast; repeat to compare.")]
+
+
+@app.command()
+def synthesize(
+    kind: Annotated[str, typer.Argument(help="sevir, enso or radar")],
+    out: Annotated[str, typer.Option(help="Folder for the raw files.")],
+    events: Annotated[int, typer.Option(help="SEVIR events, or radar sequences.")] = 24,
+    seed: int = 0,
+    modalities: Annotated[str, typer.Option(help="SEVIR: comma-separated image types.")] = "vil",
+) -> None:
+    """Write a synthetic raw archive in the real format: storms for sevir and radar, an ocean for enso."""
+    from pipelines.archives import synthetic
+
+    if kind == "sevir":
+        synthetic.write_sevir(out, events=events, seed=seed, modalities=tuple(modalities.split(",")))
+    elif kind == "enso":
+        synthetic.write_enso(out, seed=seed)
+    elif kind == "radar":
+        synthetic.write_radar(out, sequences=events, seed=seed)
+    else:
+        raise InputError(f"kind {kind!r} is unknown: needed sevir, enso or radar")
+    console.print(f"{out}: synthetic {kind}, seed {seed}")
+
+
+@app.command()
+def prepare(
+    kind: Annotated[str, typer.Argument(help="sevir, sevir-lr, enso or radar")],
+    source: Annotated[str, typer.Option(help="URL of the raw archive.")],
+    archive: Annotated[str, typer.Option(help="URL of the Zarr archive to write.")],
+    modalities: Annotated[str, typer.Option(help="SEVIR: comma-separated image types.")] = "vil",
+    workers: Workers = None,
+    memory_mb: Annotated[int | None, typer.Option(help="Memory a worker may claim, in MB.")] = None,
+    shard_mb: Annotated[int, typer.Option(help="Raw size of a shard, in MB.")] = 128,
+    strict: Annotated[bool, typer.Option("--strict", help="A bad event is fatal.")] = False,
+    dry_run: DryRun = False,
+) -> None:
+    """Read a raw archive and write it as sharded Zarr; the same command resumes."""
+    from pipelines.prepare import prepare
+
+    summary = prepare(
+        kind,
+        source,
+        archive,
+        modalities=tuple(modalities.split(",")),
+        workers=workers,
+        memory_mb=memory_mb,
+        shard_mb=shard_mb,
+        strict=strict,
+        dry_run=dry_run,
+    )
+    console.print(str(summary), highlight=False)
+
+
+@app.command()
+def train(
+    trainable: Annotated[str, typer.Argument(help="earthformer")],
+    archive: Archive,
+    run: Annotated[str, typer.Option(help="URL of the run directory.")],
+    task: Annotated[str, typer.Option(help="sevir, sevir-lr, enso or radar")],
+    preset: Annotated[str | None, typer.Option(help="Model preset; default: the task's.")] = None,
+    config: ConfigFile = None,
+    assignments: Assignments = None,
+    workers: Annotated[int, typer.Option(help="Data-parallel workers.")] = 1,
+    gpu: Annotated[bool, typer.Option("--gpu", help="One GPU a worker.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the resolved configuration, and do nothing.")
+    ] = False,
+) -> None:
+    """Train on Ray Train; the same command resumes after a kill."""
+    from pipelines import runs
+    from pipelines.train import train
+
+    if trainable != "earthformer":
+        raise InputError(f"trainable {trainable!r} is unknown: needed earthformer")
+    resolved = runs.resolve(task, preset, runs.read_overlay(config, assignments or []))
+    if dry_run:
+        console.print_json(json.dumps({"config_hash": resolved.hash, **asdict(resolved)}))
+        return
+    console.print(str(train(resolved, archive, run, workers=workers, gpu=gpu)), highlight=False)
+
+
+@app.command()
+def forecast(
+    run: Annotated[str, typer.Option(help="URL of a finished run, or `persistence`.")],
+    archive: Archive,
+    out: Annotated[str, typer.Option(help="URL of the forecast Zarr to write.")],
+    split: Annotated[str, typer.Option(help="train, val or test")] = "test",
+    task: Annotated[str | None, typer.Option(help="For persistence: the task.")] = None,
+    config: ConfigFile = None,
+    assignments: Assignments = None,
+    limit: Annotated[int | None, typer.Option(help="Only the first so many windows.")] = None,
+    seed: int = 0,
+    workers: Workers = None,
+    gpu: Annotated[bool, typer.Option("--gpu", help="One GPU a worker.")] = False,
+    batch_size: Annotated[int, typer.Option(help="Windows a forward pass.")] = 8,
+    dry_run: DryRun = False,
+) -> None:
+    """Forecast a split of an archive into a CF Zarr; the same command resumes."""
+    from pipelines import forecast as stage
+    from pipelines import runs
+
+    overlay = runs.read_overlay(config, assignments or [])
+    chosen = runs.resolve(task, overlay=overlay).task if task else None
+    planned = stage.plan(run, archive, split, task=chosen, seed=seed, limit=limit)
+    if dry_run:
+        console.print(stage.template(planned))
+        console.print(f"{len(planned.keys)} windows in {planned.shards} shard(s) of {planned.shard_windows}")
+        return
+    console.print(
+        str(stage.forecast(planned, out, workers=workers, gpu=gpu, batch_size=batch_size)), highlight=False
+    )
+
+
+@app.command()
+def score(
+    forecasts: Forecasts,
+    archive: Archive,
+    workers: Workers = None,
+) -> None:
+    """Score forecasts against the archive, side by side; writes JSON beside each forecast."""
+    from pipelines import score as stage
+
+    for table in stage.tables(stage.score(forecasts, archive, workers=workers)):
+        console.print(table)
+
+
+@app.command()
+def report(
+    forecasts: Forecasts,
+    archive: Archive,
+    out: Annotated[str, typer.Option(help="Path of the HTML page to write.")],
+) -> None:
+    """One self-contained HTML page: score tables, skill against lead time, and forecast frames."""
+    from pipelines.report import report
+
+    report(forecasts, archive, out)
+    console.print(f"{out}: written")
+
+
+@app.command()
+def inspect(url: str) -> None:
+    """Print what an archive, run or forecast holds."""
+    from pipelines.archives.store import describe
+
+    console.print(describe(url), highlight=False)
+
+
+@app.command()
+def validate(url: str) -> None:
+    """Check a store's completeness and every checksum."""
+    from pipelines.archives.store import validate
+
+    problems = validate(url)
+    if problems:
+        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+        raise InputError(f"{url}: {problems[0]}{more}")
+    console.print(f"{url}: complete, all checksums match")
+
+
+def main() -> None:
+    """Run the command; errors at the boundary are one line and exit code 2."""
+    warnings.showwarning = lambda message, *_, **__: errors.print(f"warning: {escape(str(message))}")
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", category=DeprecationWarning)
+    try:
+        app(standalone_mode=False)
+    except InputError as error:
+        _fail(str(error))
+    except OSError as error:
+        # A full or absent disk, an unreachable store: the message names the file.
+        _fail(f"{type(error).__name__}: {error}")
+    except Exception as error:
+        cause = boundary_error(error)
+        if cause is None:
+            raise
+        _fail(str(cause))
+
+
+def boundary_error(error: BaseException | None) -> Exception | None:
+    """The boundary error that Ray wrapped on its way from a worker, if there is one."""
+    seen: set[int] = set()
+    queue = [error]
+    while queue:
+        found = queue.pop()
+        if found is None or id(found) in seen:
+            continue
+        seen.add(id(found))
+        if isinstance(found, InputError) or (isinstance(found, OSError) and found.errno is not None):
+            return found
+        workers = getattr(found, "worker_failures", None) or {}
+        queue += [found.__cause__, found.__context__, getattr(found, "cause", None), *workers.values()]
+    return None
+
+
+def _fail(message: str) -> None:
+    errors.print(f"error: {escape(' '.join(message.split()))}", soft_wrap=True, highlight=False)
+    sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,142 @@
+"""A `Task` binds what every stage must agree on: variable, windows, splits, scaling and thresholds."""
+
+from dataclasses import dataclass, field
+
+from earthformer.config import Scaling
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """How windows are cut from grids that are larger than the model's (radar composites)."""
+
+    size: int = 128
+    stride: int = 64
+    wet: float = 0.1
+    """A pixel is wet from this rate on, in mm/h."""
+    min_wet: float = 0.1
+    """Least wet fraction of the *context*, which is all that a forecaster can see when choosing."""
+    min_cover: float = 1.0
+    """Least fraction of the window's pixels that the radar covers."""
+
+
+@dataclass(frozen=True)
+class Splits:
+    """Where train, val and test part: by date, except ENSO, which parts by source (climate model).
+
+    A series belongs to `val` when its time is later than `val_from` (exclusive) and not later than
+    `test_from`; to `test` when later than `test_from`. Without dates, the last date in the archive is the
+    test set and the one before it the validation set.
+    """
+
+    val_from: str | None = None
+    test_from: str | None = None
+    val_fraction: float | None = None
+    """SEVIR-LR as published (PreDiff, Sec. 4.1): a random tenth of the train *windows*, drawn with seed 0.
+    Windows of one event overlap, so train and val share frames; the test set does not."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """Frozen: two stages that hold equal tasks agree on everything."""
+
+    name: str
+    archive: str
+    """Kind of archive: `sevir`, `sevir-lr`, `enso` or `radar`."""
+    variable: str
+    context: int
+    """Frames in."""
+    target: int
+    """Frames out."""
+    stride: tuple[int, int, int]
+    """Steps between the starts of successive windows of a series, in train, val and test."""
+    step_minutes: int | None
+    """Time between frames; None for months."""
+    scaling: Scaling
+    splits: Splits = field(default_factory=Splits)
+    tiles: Tiles | None = None
+    thresholds: tuple[float, ...] = ()
+    """Event thresholds in the units of the archive (SEVIR: encoded VIL)."""
+    error_scale: float = 1.0
+    """MSE and MAE are of values times this (SEVIR publishes them on the 0-1 scale)."""
+    units: str = "1"
+    model: str = ""
+    """Preset of the model that is trained unless another is named."""
+
+    @property
+    def frames(self) -> int:
+        """Length of a window."""
+        return self.context + self.target
+
+    @property
+    def monitor(self) -> str:
+        """The validation score that picks the best checkpoint (higher is better)."""
+        return "C-Nino3.4-M" if self.archive == "enso" else "CSI-M"
+
+
+VIL_THRESHOLDS = (16.0, 74.0, 133.0, 160.0, 181.0, 219.0)
+_VIL = Scaling(kind="linear", scale=1 / 255, offset=0.0)
+
+TASKS: dict[str, Task] = {
+    task.name: task
+    for task in (
+        Task(
+            name="sevir",
+            archive="sevir",
+            variable="vil",
+            context=13,
+            target=12,
+            stride=(12, 12, 12),
+            step_minutes=5,
+            scaling=_VIL,
+            splits=Splits(val_from="2019-01-01", test_from="2019-06-01"),
+            thresholds=VIL_THRESHOLDS,
+            error_scale=1 / 255,
+            model="earthformer_sevir",
+        ),
+        Task(
+            name="sevir-lr",
+            archive="sevir-lr",
+            variable="vil",
+            context=7,
+            target=6,
+            stride=(6, 6, 6),
+            step_minutes=10,
+            scaling=_VIL,
+            splits=Splits(test_from="2019-06-01", val_fraction=0.1),
+            thresholds=VIL_THRESHOLDS,
+            error_scale=1 / 255,
+            model="earthformer_sevir_lr",
+        ),
+        Task(
+            name="enso",
+            archive="enso",
+            variable="sst",
+            context=12,
+            target=14,
+            stride=(1, 1, 1),
+            step_minutes=None,
+            scaling=Scaling(
+                kind="linear", scale=1 / (10.198975563049316 + 16.549121856689453), offset=16.549121856689453
+            ),
+            error_scale=1 / (10.198975563049316 + 16.549121856689453),
+            units="K",
+            model="earthformer_enso",
+        ),
+        Task(
+            name="radar",
+            archive="radar",
+            variable="rate",
+            context=12,
+            target=12,
+            stride=(6, 6, 6),
+            step_minutes=5,
+            scaling=Scaling(kind="log"),
+            tiles=Tiles(),
+            thresholds=(0.1, 0.5, 1.0, 2.0, 5.0, 10.0),
+            units="mm h-1",
+            model="earthformer_radar",
+        ),
+    )
+}
+"""The tasks by name. ENSO keeps longitudes 95-330°E and, by the published configuration, forecasts 14
+months; `stride=(10, 5, 1)` with `target=26` gives the counts of the paper's text (5,205/334/1,667)."""

@@ -1,0 +1,38 @@
+"""Fixtures shared by the whole suite: one Ray cluster, and the folder of parity numbers and real data."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+SHARED = Path(os.environ.get("EARTHFORMER_SHARED", Path(__file__).parents[2] / "shared"))
+
+
+def _existing(path: Path) -> Path:
+    if not path.exists():
+        pytest.skip(f"{path} is absent: set EARTHFORMER_SHARED to the folder that holds parity/ and data/")
+    return path
+
+
+@pytest.fixture(scope="session")
+def parity() -> Path:
+    """Folder of the published numbers (`parity/earthformer`, `parity/prediff`)."""
+    return _existing(SHARED / "parity")
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    """Folder of real radar, SST and catalogue files."""
+    return _existing(SHARED / "data")
+
+
+@pytest.fixture(scope="session")
+def ray_cluster():
+    """The suite's one Ray cluster."""
+    import ray
+
+    from pipelines import engine
+
+    engine.connect(workers=2, address="local")
+    yield
+    ray.shutdown()
