@@ -1,7 +1,11 @@
 """Additive score states: sums over pixels and samples, and ratios only at the very end.
 
 `a + b` is the state of both samples together, so that any sharding gives the same score. States of
-different protocols, thresholds, pools or scales do not add up, and say so.
+different protocols, thresholds, pools or scales do not add up, and say so. Counters are int64 and sums
+float64; every state is plain tensors, so that ranks can also `all_reduce` them.
+
+Fields are in the archive's own units. For SEVIR that is encoded VIL, 0-254: observed integers are exact,
+and a network's [0, 1] output becomes `x / float32(1 / 255)`, the very division of the published scores.
 """
 
 import math
@@ -16,6 +20,7 @@ from torch import Tensor
 Protocol = Literal["pooled", "frame-averaged"]
 EPS = 1e-4
 """In every denominator of the published SEVIR scores: a threshold that never occurs scores 0."""
+PROTOCOLS: tuple[Protocol, ...] = ("pooled", "frame-averaged")
 
 
 def max_pool(field: Tensor, size: int) -> Tensor:
@@ -70,12 +75,15 @@ class Contingency:
         if forecast.shape != truth.shape:
             raise ValueError(f"forecast of shape {tuple(forecast.shape)}: needed {tuple(truth.shape)}")
         forecast, truth = max_pool(forecast, pool), max_pool(truth, pool)
-        valid = ~(torch.isnan(forecast) | torch.isnan(truth))
+        missing = torch.isnan(forecast) | torch.isnan(truth)
+        # What is missing reaches no threshold: neither forecast nor observed.
+        forecast, truth = (field.masked_fill(missing, -math.inf) for field in (forecast, truth))
         counts = []
         for threshold in thresholds:
-            yes, was = (forecast >= threshold) & valid, (truth >= threshold) & valid
-            counts.append(torch.stack([_per_lead(yes & was), _per_lead(~yes & was), _per_lead(yes & ~was)]))
-        hits, misses, false_alarms = torch.stack(counts, dim=1)
+            yes, was = forecast >= threshold, truth >= threshold
+            counts.append(torch.stack([_per_lead(yes & was), _per_lead(yes), _per_lead(was)]))
+        hits, forecasts, observations = torch.stack(counts, dim=1)
+        misses, false_alarms = observations - hits, forecasts - hits
         return cls(tuple(map(float, thresholds)), hits, misses, false_alarms, protocol, pool)
 
     def __add__(self, other: "Contingency") -> "Contingency":
@@ -129,8 +137,25 @@ class Contingency:
         return named
 
     def events(self) -> list[int]:
-        """Observed or forecast events at each threshold: where there are none, a score says nothing."""
+        """Observed or forecast events at each threshold, of all lead times."""
         return (self.hits + self.misses + self.false_alarms).sum(1).tolist()
+
+    def defined(self) -> dict[str, Tensor]:
+        """Where CSI, POD, SUCR and bias say anything, each bool (thresholds,).
+
+        Without events in a score's denominator the score is whatever EPS makes of it: 0, or for the bias of
+        false alarms alone some millions, which a mean over lead times would not survive.
+        """
+        h, m, f = self.hits, self.misses, self.false_alarms
+        if self.protocol == "pooled":
+            h, m, f = (counts.sum(1, keepdim=True) for counts in (h, m, f))
+        observed, forecast = h + m > 0, h + f > 0
+        return {
+            "CSI": (observed | forecast).any(1),
+            "POD": observed.any(1),
+            "SUCR": forecast.any(1),
+            "bias": observed.any(1) & (observed | ~forecast).all(1),
+        }
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -146,12 +171,16 @@ class Contingency:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Contingency":
         """The inverse of `to_dict`."""
-        counts = (torch.tensor(values[name]) for name in ("hits", "misses", "false_alarms"))
-        return cls(tuple(values["thresholds"]), *counts, values["protocol"], values["pool"])
+        names = ("hits", "misses", "false_alarms")
+        hits, misses, false_alarms = (torch.tensor(values[name], dtype=torch.int64) for name in names)
+        return cls(
+            tuple(values["thresholds"]), hits, misses, false_alarms, values["protocol"], values["pool"]
+        )
 
 
 def _per_lead(events: Tensor) -> Tensor:
-    return events.sum(dim=(0, 2, 3, 4))
+    # A frame's pixels fit int32, which is counted twice as fast; their sum over samples may not.
+    return events.flatten(2).sum(-1, dtype=torch.int32).sum(0)
 
 
 def _skill(hits: Tensor, misses: Tensor, false_alarms: Tensor) -> dict[str, Tensor]:
@@ -184,18 +213,34 @@ class Errors:
         """
         if forecast.shape != truth.shape:
             raise ValueError(f"forecast of shape {tuple(forecast.shape)}: needed {tuple(truth.shape)}")
-        difference = (forecast.double() - truth.double()) * scale
-        valid = ~torch.isnan(difference)
-        difference = difference.nan_to_num(0.0)
-        over = (0, 2, 3, 4)
-        return cls(difference.square().sum(over), difference.abs().sum(over), valid.sum(over), scale)
+        difference = (forecast.double() - truth).flatten(2)
+        missing = torch.isnan(difference)
+        difference = difference.masked_fill_(missing, 0.0)
+        return cls(
+            torch.linalg.vecdot(difference, difference).sum(0) * scale**2,
+            torch.linalg.vector_norm(difference, 1, -1).sum(0) * scale,
+            (~missing).sum((0, 2)),
+            scale,
+        )
 
     def __add__(self, other: "Errors") -> "Errors":
-        if self.scale != other.scale:
-            raise ValueError(f"errors of scale {other.scale} cannot be put beside scale {self.scale}")
+        self.check_same(other)
         return Errors(
             self.squared + other.squared, self.absolute + other.absolute, self.count + other.count, self.scale
         )
+
+    def check_same(self, other: "Errors") -> None:
+        """Refuse to add or compare errors in different units or of different lead times.
+
+        Raises:
+            ValueError: scale or number of lead times differ; both are named.
+        """
+        if self.scale != other.scale:
+            raise ValueError(f"errors of scale {other.scale} cannot be put beside scale {self.scale}")
+        if self.count.shape != other.count.shape:
+            raise ValueError(
+                f"errors of {len(other.count)} lead times cannot be put beside {len(self.count)}"
+            )
 
     def per_lead_time(self) -> dict[str, Tensor]:
         """MSE and MAE, each float64 (lead times,)."""
@@ -215,7 +260,7 @@ class Errors:
     def from_dict(cls, values: Mapping[str, Any]) -> "Errors":
         """The inverse of `to_dict`."""
         squared, absolute = (torch.tensor(values[n], dtype=torch.float64) for n in ("squared", "absolute"))
-        return cls(squared, absolute, torch.tensor(values["count"]), values["scale"])
+        return cls(squared, absolute, torch.tensor(values["count"], dtype=torch.int64), values["scale"])
 
 
 NINO34_LAT, NINO34_LON = slice(10, 13), slice(19, 30)
@@ -230,12 +275,12 @@ def nino34(sst: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Nino:
-    """Moments of forecast and observed Niño3.4, each float64 (lead times,).
+    """Moments of forecast and observed Niño3.4, float64 (lead times,), and the samples they are of, int64.
 
     Means and central moments, merged by Chan et al. (1983): sums of squares would cancel digits.
     """
 
-    count: int
+    count: Tensor
     mean_forecast: Tensor
     mean_truth: Tensor
     var_forecast: Tensor
@@ -254,18 +299,31 @@ class Nino:
 
     @classmethod
     def of_index(cls, forecast: Tensor, truth: Tensor) -> "Nino":
-        """Score indices (B, leads) against indices of the same shape."""
+        """Score indices (B, leads) in K against indices of the same shape; NaN in either is left out.
+
+        Raises:
+            ValueError: the shapes differ.
+        """
         if forecast.shape != truth.shape:
             raise ValueError(f"Niño3.4 of shape {tuple(forecast.shape)}: needed {tuple(truth.shape)}")
         p, t = forecast.double(), truth.double()
-        dp, dt = p - p.mean(0), t - t.mean(0)
-        moments = (dp.square().sum(0), dt.square().sum(0), (dp * dt).sum(0), (p - t).square().sum(0))
-        return cls(len(p), p.mean(0), t.mean(0), *moments)
+        valid = ~(torch.isnan(p) | torch.isnan(t))
+        count = valid.sum(0)
+
+        def total(values: Tensor) -> Tensor:
+            return values.masked_fill(~valid, 0.0).sum(0)
+
+        mean_p, mean_t = total(p) / count.clamp_min(1), total(t) / count.clamp_min(1)
+        dp, dt = p - mean_p, t - mean_t
+        moments = total(dp.square()), total(dt.square()), total(dp * dt), total((p - t).square())
+        return cls(count, mean_p, mean_t, *moments)
 
     def __add__(self, other: "Nino") -> "Nino":
+        self.check_same(other)
         total = self.count + other.count
         dp, dt = other.mean_forecast - self.mean_forecast, other.mean_truth - self.mean_truth
-        share, between = other.count / total, self.count * other.count / total
+        share = other.count.double() / total.clamp_min(1)
+        between = self.count * share
         return Nino(
             total,
             self.mean_forecast + dp * share,
@@ -275,6 +333,17 @@ class Nino:
             self.covariance + other.covariance + dp * dt * between,
             self.squared + other.squared,
         )
+
+    def check_same(self, other: "Nino") -> None:
+        """Refuse to add or compare scores of different lead times.
+
+        Raises:
+            ValueError: the numbers of lead times differ; both are named.
+        """
+        if self.count.shape != other.count.shape:
+            raise ValueError(
+                f"Niño3.4 of {len(other.count)} lead times cannot be put beside {len(self.count)}"
+            )
 
     def per_lead_time(self) -> dict[str, Tensor]:
         """Correlation and RMSE (K), each float64 (leads,)."""
@@ -294,13 +363,13 @@ class Nino:
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
-        return {name: v.tolist() if isinstance(v, Tensor) else v for name, v in vars(self).items()}
+        return {name: values.tolist() for name, values in vars(self).items()}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Nino":
         """The inverse of `to_dict`."""
-        sums = {k: torch.tensor(v, dtype=torch.float64) for k, v in values.items() if k != "count"}
-        return cls(count=values["count"], **sums)
+        kinds = {name: torch.int64 if name == "count" else torch.float64 for name in values}
+        return cls(**{name: torch.tensor(v, dtype=kinds[name]) for name, v in values.items()})
 
 
 def nino_weights(leads: int) -> Tensor:

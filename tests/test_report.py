@@ -1,0 +1,179 @@
+"""The page: complete in itself, says what the numbers say, and draws north where it belongs."""
+
+import base64
+import dataclasses
+import io
+import re
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tiny_forecast import persist, write_forecast
+
+from pipelines import report as stage
+from pipelines import windows
+from pipelines.archives import store, synthetic
+from pipelines.errors import InputError
+from pipelines.prepare import prepare
+from pipelines.report import headline, report
+from pipelines.score import open_forecast, score
+from pipelines.tasks import TASKS, Tiles
+from pipelines.windows import Window
+
+TASK = TASKS["sevir"]
+
+
+@pytest.fixture(scope="module")
+def archive(tmp_path_factory, ray_cluster):
+    folder = tmp_path_factory.mktemp("report")
+    synthetic.write_sevir(folder / "raw", events=4, seed=5, size=48)
+    prepare("sevir", str(folder / "raw"), str(folder / "archive.zarr"), progress=False)
+    return store.open_archive(str(folder / "archive.zarr"))
+
+
+@pytest.fixture(scope="module")
+def keys(archive):
+    return [Window(str(e), start) for e in archive.root["event"].values[:2] for start in (0, 12)]
+
+
+@pytest.fixture(scope="module")
+def forecasts(tmp_path_factory, archive, keys):
+    folder = tmp_path_factory.mktemp("forecasts")
+    last = persist(TASK, archive, keys)
+    truth = windows.read(TASK, archive, keys)["target"][:, None, ..., 0].astype(np.float32)
+    half = (last + truth) / 2
+    half[0, 0, :, :9, :9] = np.nan
+    return [
+        write_forecast(str(folder / "p.zarr"), TASK, archive, keys, last),
+        write_forecast(str(folder / "e.zarr"), TASK, archive, keys, half, forecaster="<earthformer>"),
+    ]
+
+
+@pytest.fixture(scope="module")
+def cards(forecasts, archive):
+    return score(forecasts, archive.url, progress=False)
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory, forecasts, archive, cards):
+    out = tmp_path_factory.mktemp("page") / "report.html"
+    report(forecasts, archive.url, str(out), cases=2)
+    return out.read_text(encoding="utf-8")
+
+
+def test_the_page_asks_nothing_of_the_network(page):
+    assert not re.search(r"https?://|//cdn|<script|<link|@import|url\(", page)
+    sources = re.findall(r'src="([^"]{0,40})', page)
+    # Lead time: CSI-M, MSE and six thresholds; then two cases.
+    assert len(sources) == 8 + 2
+    assert all(
+        source.startswith(("data:image/png;base64,", "data:image/svg+xml;base64,")) for source in sources
+    )
+    assert len(page) < 4_000_000
+
+
+def test_the_page_says_what_it_is_of(page, cards, archive):
+    assert page.count("<table>") == 3
+    for text in (
+        "protocol “pooled”",
+        "protocol “frame-averaged”",
+        "MSE ×10⁻³ (0–1 scale)",
+        "wettest of all 4",
+    ):
+        assert text in page
+    for identity in (archive.config_hash, *(c.forecast_hash for c in cards), *(c.run_hash for c in cards)):
+        assert identity in page
+    assert f"{cards[0].counts[0].result()['CSI-M']:.4f}" in page
+    assert "4 windows of 2 events, 12 lead times of 5 to 60 minutes" in page
+    assert f"earthformer score --forecast {cards[0].forecast}" in page
+    assert "<earthformer>" not in page
+    assert "&lt;earthformer&gt;" in page
+
+
+def test_frames_are_drawn_in_the_vil_colours(page):
+    encoded = re.search(r"data:image/png;base64,([^\"]+)", page)
+    assert encoded is not None
+    image = np.asarray(Image.open(io.BytesIO(base64.b64decode(encoded.group(1)))).convert("RGB"))
+    found = {tuple(colour) for colour in image.reshape(-1, 3)[::7].tolist()}
+    for colour in (stage.VIL_COLOURS[1], stage.VIL_COLOURS[3]):
+        assert tuple(bytes.fromhex(colour[1:])) in found
+    assert image.shape[1] > 1200
+
+
+def test_the_same_page_twice(tmp_path, page, forecasts, archive, cards):
+    out = tmp_path / "again.html"
+    report(forecasts, archive.url, str(out), cards=cards, cases=2)
+    again = out.read_text(encoding="utf-8")
+    assert page.split("<pre>")[0] == again.split("<pre>")[0]
+
+
+def test_cards_of_other_forecasts_are_refused(tmp_path, forecasts, archive, cards):
+    with pytest.raises(InputError, match="score cards are not of the forecasts"):
+        report(forecasts, archive.url, str(tmp_path / "r.html"), cards=cards[::-1])
+    assert not (tmp_path / "r.html").exists()
+
+
+def test_row_0_is_south_for_sevir_and_north_for_radar(tmp_path, forecasts, archive, ray_cluster):
+    extent, origin = stage._view(open_forecast(forecasts[0], archive), 0)
+    assert origin == "lower"
+    np.testing.assert_allclose(extent, (0, 384, 0, 384), atol=1e-6)
+
+    synthetic.write_radar(tmp_path / "raw", sequences=1, seed=0)
+    prepare("radar", str(tmp_path / "raw"), str(tmp_path / "radar.zarr"), progress=False)
+    radar = store.open_archive(str(tmp_path / "radar.zarr"))
+    task = dataclasses.replace(TASKS["radar"], tiles=Tiles(size=32), context=2, target=2)
+    chosen = [Window(str(radar.root["sequence"].values[0]), start, (16, 32)) for start in (0, 4)]
+    url = write_forecast(str(tmp_path / "f.zarr"), task, radar, chosen, persist(task, radar, chosen))
+    extent, origin = stage._view(open_forecast(url, radar), 0)
+    assert origin == "upper"
+    np.testing.assert_allclose(extent, (0, 32, 0, 32), atol=1e-6)
+    report([url], radar.url, str(tmp_path / "radar.html"))
+    page = (tmp_path / "radar.html").read_text(encoding="utf-8")
+    assert "tile at row 16, column 32" in page
+    assert "There is no other forecast" in page
+    assert "MSE (mm/h)²" in page
+
+
+def test_cases_follow_from_the_truth_alone(forecasts, archive, keys):
+    chosen = [dict(stage._choose(open_forecast(url, archive), archive, 3)) for url in forecasts]
+    assert chosen[0] == chosen[1]
+    means = windows.read(TASK, archive, keys)["target"].astype(float).mean((1, 2, 3, 4))
+    indices = list(chosen[0])
+    assert indices[0] == int(np.argmax(means))
+    assert indices[1] == int(np.argsort(means, kind="stable")[1])
+    assert len(set(indices)) == 3
+    assert "at random, with seed 0" in chosen[0][indices[2]]
+
+
+# -------------------------------------------------------------------------------------------- sentences
+
+
+def beating(card, hits: float, errors: float):
+    """The card with more hits, and with its squared errors times a factor."""
+    better = []
+    for counts in card.counts:
+        gain = (counts.misses * hits).to(torch.int64)
+        better.append(dataclasses.replace(counts, hits=counts.hits + gain, misses=counts.misses - gain))
+    return dataclasses.replace(
+        card,
+        forecaster="model",
+        counts=tuple(better),
+        errors=dataclasses.replace(card.errors, squared=card.errors.squared * errors),
+    )
+
+
+def test_headline_names_the_winner_of_each_score(cards):
+    base = cards[0]
+    everywhere = headline([base, beating(base, 0.9, 0.5)])
+    assert re.match(r"Model is better on CSI-M \(0\.\d+ against 0\.\d+\) and MSE ×10⁻³ \(", everywhere)
+    assert "Model has the higher CSI at every threshold." in everywhere
+    split = headline([base, beating(base, 0.9, 2.0)])
+    assert "Model is better on CSI-M" in split
+    assert "; persistence is better on MSE" in split
+    same = headline([base, dataclasses.replace(base, forecaster="model")])
+    assert same.startswith("None is better on CSI-M and MSE ×10⁻³.")
+    alone = headline([base])
+    assert alone.startswith("Persistence: CSI-M 0.")
+    three = headline([base, beating(base, 0.9, 0.5), dataclasses.replace(base, forecaster="other")])
+    assert re.search(r"against 0\.\d+ of (persistence|other)\)", three)
