@@ -28,7 +28,7 @@ ifndef DATA
 	$(EARTHFORMER) synthesize sevir --out $(SOURCE) --events 72
 endif
 	$(EARTHFORMER) prepare $(TASK) --source $(SOURCE) --archive $(ARCHIVE)
-	$(EARTHFORMER) train earthformer --task $(TASK) --preset $(PRESET) --config demo-$(TASK).yaml --archive $(ARCHIVE) --run $(RUN)
+	$(EARTHFORMER) train earthformer --task $(TASK) --preset $(PRESET) --archive $(ARCHIVE) --run $(RUN)
 	$(EARTHFORMER) forecast --run $(RUN) --archive $(ARCHIVE) --split test --out $(FORECASTS)/earthformer.zarr
 	$(EARTHFORMER) forecast --run persistence --task $(TASK) --archive $(ARCHIVE) --split test --out $(FORECASTS)/persistence.zarr
 	$(EARTHFORMER) report $(BOTH) --out $(HOME_OF_DEMO)/report.html
@@ -37,7 +37,8 @@ endif
 test: .venv/installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy earthformer pipelines
+	$(BIN)/mypy --strict earthformer
+	$(BIN)/mypy pipelines
 	$(BIN)/pytest
 
 bench: .venv/installed-test

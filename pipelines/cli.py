@@ -169,9 +169,10 @@ def report(
 @app.command()
 def inspect(url: str) -> None:
     """Print what an archive, run or forecast holds."""
-    from pipelines.archives.store import describe
+    from pipelines import runs
+    from pipelines.archives import store
 
-    console.print(describe(url), highlight=False)
+    console.print(escape(runs.describe(url) or store.describe(url)), highlight=False, soft_wrap=True)
 
 
 @app.command()

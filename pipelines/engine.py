@@ -3,6 +3,7 @@
 import logging
 import os
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,21 +41,21 @@ def connect(workers: int | None = None, address: str | None = None) -> None:
     # A worker killed just after `report` loses what the controller has not yet seen: look often.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
     address = address or os.environ.get("RAY_ADDRESS")
-    common = {"log_to_driver": False, "logging_level": logging.ERROR, "include_dashboard": False}
+    start = partial(ray.init, log_to_driver=False, logging_level=logging.ERROR)
     if address in (None, "", "local"):
-        ray.init(
+        start(
             address="local",
             num_cpus=max(workers or 0, cores()),
             object_store_memory=OBJECT_STORE_BYTES,
-            **common,
+            include_dashboard=False,
         )
     else:
         try:
-            ray.init(address=address, **{k: v for k, v in common.items() if k != "include_dashboard"})
+            start(address=address)
         except ConnectionError as error:
             raise InputError(
-                f"no Ray cluster answers at {address}: {str(error).splitlines()[0]}; needed a running cluster "
-                "and, if it asks for one, its token"
+                f"no Ray cluster answers at {address}: {str(error).splitlines()[0]}; needed a running "
+                "cluster and, if it asks for one, its token"
             ) from error
     quiet()
 
@@ -82,9 +83,9 @@ def track(rows: ray.data.Dataset, total: int, label: str, progress: bool = True)
             yield row
 
 
-def local_path(url: str) -> Path | None:
-    """The path behind a local URL, or None when the URL is remote."""
+def absolute(url: str) -> str:
+    """A URL that means the same in a worker, whose working directory is another."""
     scheme, separator, rest = url.partition("://")
-    if not separator:
-        return Path(url)
-    return Path(rest) if scheme in ("file", "local") else None
+    if separator and scheme not in ("file", "local"):
+        return url
+    return str(Path(rest if separator else url).resolve())

@@ -5,7 +5,7 @@ import time
 import zlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, cast
 
 import dask.array
 import numpy as np
@@ -136,7 +136,7 @@ def forecast(
         actors = min(workers or 1, len(pending))
         forecasts = ray.data.from_items([{"shard": i} for i in pending], override_num_blocks=len(pending))
         written = forecasts.map(
-            _Forecast,
+            cast(Any, _Forecast),
             fn_constructor_kwargs={
                 "planned": planned,
                 "out": out,
@@ -191,8 +191,9 @@ class _Forecast:
             )
             parts.append(members[..., 0].cpu().numpy())
         name = planned.task.variable
-        checksums = store.write_region(self.out, "", {name: np.concatenate(parts)}, {"window": place})
-        store.write_record(self.out, shard, {"crc32": checksums, "windows": len(keys)})
+        region = {"window": place}
+        crc32 = store.write_region(self.out, "", {name: np.concatenate(parts)}, region)
+        store.write_record(self.out, shard, {"regions": [store.region_record("", region, crc32)]})
         return {"shard": shard}
 
 
@@ -222,11 +223,13 @@ def template(planned: Plan) -> xr.Dataset:
     values = xr.Variable(
         ("window", "member", "lead_time", y, x),
         dask.array.zeros(shape, dtype=np.float32, chunks=shape),
-        attrs={**windows.attributes(task, archive), "coordinates": "init_time valid_time"},
+        attrs=windows.attributes(task, archive, keys[0])
+        | {"coordinates": "init_time valid_time"}
+        | ({"grid_mapping": "crs"} if "crs" in place.coords else {}),
         encoding={"chunks": chunks, "shards": (planned.shard_windows, *chunks[1:])},
     )
     return xr.Dataset(
-        {task.variable: values, **{n: v for n, v in place.data_vars.items()}},
+        {task.variable: values},
         coords={
             **place.coords,
             "window": ("window", np.arange(len(keys))),

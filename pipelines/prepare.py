@@ -3,6 +3,7 @@
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import ray.data
@@ -134,8 +135,7 @@ def _write_all(
     context.execution_options.preserve_order = False
     work = ray.data.from_items([{"shard": i} for i in pending], override_num_blocks=len(pending))
     written = work.map(
-        _write_shard,
-        fn_kwargs={"shards": plan.shards, "archive": archive, "strict": strict},
+        partial(_write_shard, shards=plan.shards, archive=archive, strict=strict),
         num_cpus=1,
         memory=memory_mb * 1_000_000 if memory_mb else None,
         concurrency=workers,

@@ -12,17 +12,19 @@ import dataclasses
 import difflib
 import hashlib
 import json
+import math
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
 import fsspec
 import safetensors.torch
 import yaml
-from earthformer.config import PRESETS, EarthformerConfig
 from pydantic import TypeAdapter, ValidationError
+from torch.utils.tensorboard import SummaryWriter
 
+from earthformer.config import PRESETS, EarthformerConfig
 from earthformer.forecasters import EarthformerForecaster, Persistence
-from pipelines.archives.store import config_hash
+from pipelines.archives.store import config_hash, read_json, write_json
 from pipelines.errors import InputError
 from pipelines.tasks import TASKS, Task
 
@@ -145,7 +147,7 @@ def start(run: str, config: Config, provenance: dict[str, Any]) -> bool:
     Raises:
         InputError: the directory holds a run of another configuration (both hashes are named).
     """
-    found = _read_json(run, "config.json")
+    found = read_json(run, "config.json")
     if found is not None and found["config_hash"] != config.hash:
         raise InputError(
             f"{run} was trained under configuration {found['config_hash']}, asked is {config.hash}: "
@@ -154,7 +156,7 @@ def start(run: str, config: Config, provenance: dict[str, Any]) -> bool:
     if found is None:
         record = {"config_hash": config.hash, "config": dataclasses.asdict(config), "provenance": provenance}
         write_json(run, "config.json", record)
-    return _read_json(run, "run.json") is not None
+    return read_json(run, "run.json") is not None
 
 
 def complete(run: str, weights: bytes, record: dict[str, Any]) -> dict[str, Any]:
@@ -167,6 +169,34 @@ def complete(run: str, weights: bytes, record: dict[str, Any]) -> dict[str, Any]
     ).hexdigest()[:16]
     write_json(run, "run.json", record)
     return record
+
+
+class Metrics:
+    """A run's `metrics.jsonl` and TensorBoard folder, written by one process at a time."""
+
+    def __init__(self, run: str, step: int) -> None:
+        self.run = run
+        # What a killed run logged after its last checkpoint is about to be done again.
+        self.lines = [line for line in read_metrics(run) if line["step"] <= step]
+        self.board = SummaryWriter(f"{run}/tensorboard", purge_step=step + 1)
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        """Add a line; the file is written whole, since object stores cannot append."""
+        self.lines.append({"step": step, **{k: v for k, v in values.items() if math.isfinite(v)}})
+        fs, path = fsspec.core.url_to_fs(self.run)
+        fs.pipe_file(f"{path}/metrics.jsonl", "\n".join(map(json.dumps, self.lines)).encode() + b"\n")
+        for name, value in self.lines[-1].items():
+            self.board.add_scalar(name, value, step)
+        self.board.flush()
+
+
+def read_metrics(run: str) -> list[dict[str, float]]:
+    """The lines of a run's `metrics.jsonl`; none where there is no such file."""
+    fs, path = fsspec.core.url_to_fs(run)
+    try:
+        return [json.loads(line) for line in fs.cat_file(f"{path}/metrics.jsonl").splitlines()]
+    except (FileNotFoundError, json.JSONDecodeError):
+        return []
 
 
 @dataclass(frozen=True)
@@ -208,15 +238,38 @@ def open_run(url: str) -> Run:
     Raises:
         InputError: there is no run at `url`, or it is unfinished.
     """
-    found = _read_json(url, "config.json")
+    found = read_json(url, "config.json")
     if found is None or "config_hash" not in found:
         raise InputError(f"{url} is not a run: it has no config.json; needed what `earthformer train` wrote")
-    record = _read_json(url, "run.json")
+    record = read_json(url, "run.json")
     if record is None:
         raise InputError(
             f"{url} is not complete: run the same `earthformer train` command again to finish it"
         )
     return Run(url, from_dict(found["config"]), record)
+
+
+def describe(url: str) -> str | None:
+    """What a run is and how far it is, for people; None where there is no run at `url`."""
+    found = read_json(url, "config.json")
+    if found is None or "config_hash" not in found:
+        return None
+    record, lines = read_json(url, "run.json"), read_metrics(url)
+    config = found["config"]
+    where = f"at step {lines[-1]['step']}, epoch {lines[-1]['epoch']}" if lines else "before its first step"
+    state = (
+        f"complete: {record['steps']} steps in {record['epochs']} epochs, best {record['monitor']} "
+        f"{record['best_score']:.4f} at step {record['best_step']}, run {record['run_hash']}"
+        if record
+        else f"not complete, {where}: run the same `earthformer train` command again to finish it"
+    )
+    return "\n".join(
+        [
+            f"{url}: {config['trainable']} ({config['model_preset']}), configuration {found['config_hash']}",
+            state,
+            yaml.safe_dump({**found["provenance"], **config}, sort_keys=False, allow_unicode=True).rstrip(),
+        ]
+    )
 
 
 def persistence(task: Task) -> Persistence:
@@ -235,24 +288,6 @@ def load_weights(module: Any, state_dict: dict[str, Any], source: str) -> None:
     except RuntimeError as error:
         lines = [line.strip() for line in str(error).splitlines()[1:]]
         raise InputError(f"{source} is of another model: {'; '.join(lines)[:300]}") from error
-
-
-def write_json(url: str, name: str, value: Any) -> None:
-    """Write JSON under a directory URL, creating the directory."""
-    fs, path = fsspec.core.url_to_fs(url)
-    fs.makedirs(path, exist_ok=True)
-    fs.pipe_file(f"{path}/{name}", json.dumps(value, indent=1, default=str).encode())
-
-
-def _read_json(url: str, name: str) -> dict[str, Any] | None:
-    fs, path = fsspec.core.url_to_fs(url)
-    try:
-        return json.loads(fs.cat_file(f"{path}/{name}"))
-    except FileNotFoundError:
-        return None
-    except json.JSONDecodeError:
-        # Cut off in mid-write: as good as absent, and the same command writes it again.
-        return None
 
 
 def _overlay(base: dict[str, Any], overlay: dict[str, Any], place: str) -> dict[str, Any]:

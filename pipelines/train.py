@@ -6,7 +6,6 @@ the same global batches whatever the number of workers.
 """
 
 import contextlib
-import json
 import math
 import resource
 import tempfile
@@ -17,7 +16,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import fsspec
 import numpy as np
 import ray
 import ray.data
@@ -26,12 +24,11 @@ import ray.train.torch
 import safetensors.torch
 import torch
 import torch.distributed
-from earthformer.scores import Contingency, Errors, Nino
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
-from torch.utils.tensorboard import SummaryWriter
 
 from earthformer.forecasters import EarthformerForecaster, present
+from earthformer.scores import Contingency, Errors, Nino
 from pipelines import engine, runs, windows
 from pipelines.archives.store import Archive, open_archive
 from pipelines.errors import InputError
@@ -156,13 +153,15 @@ def _fit(
     progress: bool,
     train_windows: int,
 ) -> ray.train.Result:
-    parent, _, name = str(run).rstrip("/").rpartition("/")
-    storage = parent or "."
-    local = engine.local_path(storage)
+    parent, _, name = engine.absolute(run).rstrip("/").rpartition("/")
     cores = engine.cores()
     trainer = ray.train.torch.TorchTrainer(
         _worker,
-        train_loop_config={"config": asdict(config), "archive": archive, "run": run},
+        train_loop_config={
+            "config": asdict(config),
+            "archive": engine.absolute(archive),
+            "run": engine.absolute(run),
+        },
         # Ray Data's read tasks need slots beside the workers, so these never claim all of a small machine.
         scaling_config=ray.train.ScalingConfig(
             num_workers=workers,
@@ -171,7 +170,7 @@ def _fit(
         ),
         run_config=ray.train.RunConfig(
             name=name,
-            storage_path=str(local.resolve()) if local is not None else storage,
+            storage_path=parent,
             failure_config=ray.train.FailureConfig(max_failures=max_failures),
             checkpoint_config=ray.train.CheckpointConfig(
                 num_to_keep=2, checkpoint_score_attribute="score", checkpoint_score_order="max"
@@ -196,7 +195,7 @@ def _watch(run: str, steps: int, stop: threading.Event) -> None:
     with Progress(*columns, TimeRemainingColumn(), transient=True) as bar:
         task = bar.add_task("starting workers", total=steps)
         while not stop.wait(1.0):
-            lines = _read_metrics(run)
+            lines = runs.read_metrics(run)
             if lines:
                 said = "  ".join(f"{k} {v:.4g}" for k, v in _latest(lines).items())
                 bar.update(task, completed=lines[-1]["step"], description=said)
@@ -212,7 +211,7 @@ def _latest(lines: list[dict[str, Any]]) -> dict[str, float]:
 def _finish(
     config: runs.Config, run: str, result: ray.train.Result, provenance: dict[str, Any]
 ) -> dict[str, Any]:
-    best, metrics = max(result.best_checkpoints, key=lambda pair: pair[1]["score"])
+    best, metrics = max(result.best_checkpoints or [], key=lambda pair: pair[1]["score"])
     with best.as_directory() as folder:
         weights = (Path(folder) / "weights.safetensors").read_bytes()
     last = result.metrics or metrics
@@ -252,9 +251,9 @@ def _worker(loop: dict[str, Any]) -> None:
     optimiser = torch.optim.AdamW(parameter_groups(forecaster, config.training.weight_decay))
     if state.optimiser is not None:
         optimiser.load_state_dict(state.optimiser)
-    loss_of = torch.compile(model) if config.training.compile else model
-    log = _Log(loop["run"], state.step) if rank == 0 else None
-    fit = _Fit(config, archive, rank, world, device, forecaster, model, loss_of, optimiser, log, state)
+    log = runs.Metrics(loop["run"], state.step) if rank == 0 else None
+    compiled = torch.compile(model) if config.training.compile else model
+    fit = _Fit(config, archive, rank, world, device, forecaster, compiled, optimiser, log, state)
     fit.run()
 
 
@@ -288,10 +287,10 @@ class _Fit:
     world: int
     device: torch.device
     forecaster: EarthformerForecaster
-    model: nn.Module
-    loss_of: Any
+    model: Any
+    """The forecaster, in `DistributedDataParallel` and `torch.compile` where they are on."""
     optimiser: torch.optim.Optimizer
-    log: "_Log | None"
+    log: runs.Metrics | None
     state: _State
 
     def run(self) -> None:
@@ -339,7 +338,7 @@ class _Fit:
         for i, batch in enumerate(batches):
             held = self.world > 1 and i < len(batches) - 1
             with self.model.no_sync() if held else contextlib.nullcontext(), self._autocast():
-                loss = self.loss_of(batch) / len(batches)
+                loss = self.model(batch) / len(batches)
                 loss.backward()
             total += loss.detach()
         norm = nn.utils.clip_grad_norm_(self.forecaster.parameters(), training.clip_norm)
@@ -353,12 +352,14 @@ class _Fit:
             if self.log:
                 speed = training.batch_size / (time.perf_counter() - began)
                 self.log.write(
-                    step=self.state.step,
-                    epoch=self.state.epoch,
-                    loss=float(total),
-                    grad_norm=float(norm),
-                    learning_rate=rate,
-                    windows_per_s=speed,
+                    self.state.step,
+                    {
+                        "epoch": self.state.epoch,
+                        "loss": float(total),
+                        "grad_norm": float(norm),
+                        "learning_rate": rate,
+                        "windows_per_s": speed,
+                    },
                 )
 
     @torch.inference_mode()
@@ -392,15 +393,9 @@ class _Fit:
 
     def _report(self, score: float, validated: dict[str, float]) -> None:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-        metrics = {
-            "step": self.state.step,
-            "epoch": self.state.epoch,
-            "score": score,
-            "peak_rss_mb": round(peak),
-            **validated,
-        }
+        metrics = {"epoch": self.state.epoch, "score": score, "peak_rss_mb": round(peak), **validated}
         if self.log:
-            self.log.write(**metrics)
+            self.log.write(self.state.step, metrics)
         with tempfile.TemporaryDirectory() as folder:
             checkpoint = None
             if self.rank == 0:
@@ -409,7 +404,7 @@ class _Fit:
                 self.state.optimiser = self.optimiser.state_dict()
                 torch.save(vars(self.state), Path(folder) / "state.pt")
                 checkpoint = ray.train.Checkpoint.from_directory(folder)
-            ray.train.report(metrics, checkpoint=checkpoint)
+            ray.train.report({"step": self.state.step, **metrics}, checkpoint=checkpoint)
 
     def _autocast(self) -> torch.autocast:
         bf16 = self.config.training.precision == "bf16"
@@ -431,30 +426,3 @@ def summarise(task: Task, states: list[Any]) -> dict[str, float]:
     """The monitored score and the MSE of the merged states."""
     skill, errors = states
     return {task.monitor: float(skill.result()[task.monitor]), "MSE": float(errors.result()["MSE"])}
-
-
-class _Log:
-    """Metrics as JSON lines and for TensorBoard. Rewritten whole, since object stores cannot append."""
-
-    def __init__(self, run: str, step: int) -> None:
-        self.run = run
-        # What a killed run logged after its last checkpoint is about to be done again.
-        self.lines = [line for line in _read_metrics(run) if line["step"] <= step]
-        self.board = SummaryWriter(f"{run}/tensorboard", purge_step=step + 1)
-
-    def write(self, step: int, **values: float) -> None:
-        self.lines.append({"step": step, **values})
-        fs, path = fsspec.core.url_to_fs(self.run)
-        fs.pipe_file(f"{path}/metrics.jsonl", "\n".join(map(json.dumps, self.lines)).encode() + b"\n")
-        for name, value in values.items():
-            if math.isfinite(value):
-                self.board.add_scalar(name, value, step)
-        self.board.flush()
-
-
-def _read_metrics(run: str) -> list[dict[str, Any]]:
-    fs, path = fsspec.core.url_to_fs(run)
-    try:
-        return [json.loads(line) for line in fs.cat_file(f"{path}/metrics.jsonl").splitlines()]
-    except (FileNotFoundError, json.JSONDecodeError):
-        return []

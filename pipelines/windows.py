@@ -7,7 +7,8 @@ tiles are chosen by their rain), and read by whoever needs them.
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -93,15 +94,17 @@ def batches(
     size = batch_size * max(1, READ_WINDOWS // batch_size)
     blocks = [to_table(windows[i : i + size]) for i in range(0, len(windows), size)]
     dataset = ray.data.from_arrow(blocks).map_batches(
-        _read_table,
-        fn_kwargs={"task": task, "archive": archive},
+        partial(_read_table, task=task, archive=archive),
         batch_size=None,
         batch_format="pyarrow",
         num_cpus=0.25,
         concurrency=2,
     )
     for batch in dataset.iter_batches(batch_size=batch_size, prefetch_batches=2):
-        yield {name: torch.from_numpy(pixels).to(device, non_blocking=True) for name, pixels in batch.items()}
+        yield {
+            str(name): torch.from_numpy(pixels).to(device, non_blocking=True)
+            for name, pixels in batch.items()
+        }
 
 
 def to_table(windows: Sequence[Window]) -> pa.Table:
@@ -154,6 +157,13 @@ def placement(task: Task, archive: Archive, windows: Sequence[Window]) -> xr.Dat
     return _PLACE[task.archive](task, archive, windows)
 
 
+def attributes(task: Task, archive: Archive, key: Window) -> dict[str, Any]:
+    """CF attributes of the task's variable in physical units, as forecasts carry them."""
+    stored = archive.group(key.series if task.archive == "radar" else "")[task.variable].attrs
+    packing = ("scale_factor", "add_offset", "_FillValue", "grid_mapping")
+    return {name: value for name, value in stored.items() if name not in packing}
+
+
 # ---------------------------------------------------------------------------------------------- SEVIR
 
 
@@ -173,8 +183,9 @@ def _published_random_split(task: Task, archive: Archive, times: pd.Series, spli
     both = _slide(task, archive, shuffled.index, split)
     fraction = task.splits.val_fraction or 0.0
     generator = torch.Generator().manual_seed(0)
-    parts = random_split(range(len(both)), [1 - fraction, fraction], generator=generator)  # type: ignore[arg-type]
-    return [both[i] for i in parts[SPLITS.index(split)]]
+    places = torch.utils.data.TensorDataset(torch.arange(len(both)))
+    parts = random_split(places, [1 - fraction, fraction], generator=generator)
+    return [both[i] for i in parts[SPLITS.index(split)].indices]
 
 
 def _slide(task: Task, archive: Archive, events: Iterable[str], split: str) -> list[Window]:
@@ -251,7 +262,8 @@ def _radar_windows(task: Task, archive: Archive, split: str) -> list[Window]:
         cadence = _cadence(archive, name)
         if (task.step_minutes or 0) % cadence:
             warnings.warn(
-                f"{name}: a frame every {cadence} min cannot give steps of {task.step_minutes} min: no windows",
+                f"{name} has a frame every {cadence} min, which gives no steps of {task.step_minutes} min: "
+                "it is left out",
                 stacklevel=3,
             )
             continue
@@ -353,8 +365,8 @@ def _bounds(task: Task, split: str, times: np.ndarray | None = None) -> tuple[np
         days = np.unique(times.astype("datetime64[D]"))
         if len(days) < 3:
             raise InputError(
-                f"the archive holds {len(days)} date(s) that task {task.name} can use: needed 3 to hold one out "
-                "for validation and one for the test, or splits.val_from and splits.test_from in the configuration"
+                f"the archive holds {len(days)} date(s) that task {task.name} can use: needed 3, to hold "
+                "one out for validation and one for the test, or splits.val_from and splits.test_from"
             )
         # The split's first instant is exclusive: step back to take midnight in.
         before = np.timedelta64(1, "ns")

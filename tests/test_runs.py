@@ -46,7 +46,7 @@ def test_overlay_file_and_assignments(tmp_path):
     assert overlay["training"] == {"epochs": 5, "seed": 1}
     with pytest.raises(InputError, match="cannot be read"):
         runs.read_overlay(str(tmp_path / "absent.yaml"), [])
-    with pytest.raises(InputError, match="section.key=value"):
+    with pytest.raises(InputError, match=r"section.key=value"):
         runs.read_overlay(None, ["training.epochs"])
 
 

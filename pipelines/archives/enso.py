@@ -90,7 +90,7 @@ def _cmip(source: str, names: set[str]) -> list["EnsoShard"]:
             f"({counts['cmip6_models']} × {counts['cmip6_years']} of CMIP6, then "
             f"{counts['cmip5_models']} × {counts['cmip5_years']} of CMIP5)"
         )
-    shards = []
+    shards: list[EnsoShard] = []
     for kind, offset in (("6", 0), ("5", six)):
         years = counts[f"cmip{kind}_years"]
         for model in range(counts[f"cmip{kind}_models"]):
@@ -100,7 +100,7 @@ def _cmip(source: str, names: set[str]) -> list["EnsoShard"]:
                 EnsoShard(source, name, "CMIP", (first, first + years), series_months(years), len(shards))
             )
     # In the order of the published loader: CMIP6 first, model after model.
-    return [EnsoShard(s.source, s.name, s.file, s.rows, s.months, i) for i, s in enumerate(shards)]
+    return shards
 
 
 @dataclass(frozen=True)
@@ -164,19 +164,16 @@ def observed(url: str) -> tuple[np.ndarray, np.ndarray]:
         raise ValueError(f"sst has units {sst.attrs.get('units')!r}: needed degC or K")
     anomaly = sst.groupby("time.month") - sst.groupby("time.month").mean()
     anomaly = anomaly.assign_coords(lon=anomaly["lon"] % 360).sortby(["lat", "lon"])
-    weight = np.cos(np.deg2rad(anomaly["lat"]))
+    weight = _area(anomaly)
     box = anomaly.sel(lat=slice(-5, 5), lon=slice(190, 240)).weighted(weight).mean(("lat", "lon")).values
     nino = np.full(len(box), np.nan, np.float32)
     nino[:-2] = np.convolve(box, np.ones(3) / 3, mode="valid")
     return _regrid(anomaly, weight), nino
 
 
-def nino34(url: str) -> xr.DataArray:
-    """Monthly mean SST of the Niño3.4 box (5°S-5°N, 170°-120°W), in the units of the file."""
-    with local_copy(url) as path, xr.open_dataset(path) as data:
-        sst = data["sst"].load().sortby(["lat", "lon"])
-    weight = np.cos(np.deg2rad(sst["lat"]))
-    return sst.sel(lat=slice(-5, 5), lon=slice(190, 240)).weighted(weight).mean(("lat", "lon"))
+def _area(field: xr.DataArray) -> xr.DataArray:
+    """Area of a pixel, up to a factor, for each latitude."""
+    return xr.apply_ufunc(np.cos, np.deg2rad(field["lat"]))
 
 
 def _regrid(anomaly: xr.DataArray, weight: xr.DataArray) -> np.ndarray:

@@ -61,12 +61,13 @@ def plan(source: str, *, variable: str | None = None, shard_mb: int = 128) -> Pl
         try:
             sequences.append(_describe(url, variable))
         except (OSError, KeyError, ValueError, InputError) as error:
-            broken.append((url, " ".join(str(error).split())))
+            broken.append(BrokenFile(url.rstrip("/").rpartition("/")[2], " ".join(str(error).split())))
     if not sequences:
-        url, reason = broken[0]
-        raise InputError(f"{url} cannot be read as a radar sequence: {reason}")
+        raise InputError(
+            f"{source}: {broken[0].file} cannot be read as a radar sequence: {broken[0].reason}"
+        )
     sequences.sort(key=lambda s: s.name)
-    shards: list[RadarShard] = [BrokenFile(url, reason) for url, reason in broken]
+    shards: list[RadarShard | BrokenFile] = [*broken]
     groups: dict[str, xr.Dataset] = {"": _root(sequences)}
     frames = 0
     for sequence in sequences:
@@ -88,7 +89,7 @@ def plan(source: str, *, variable: str | None = None, shard_mb: int = 128) -> Pl
             "sequences": [
                 [s.name, len(s.times), str(s.times[0]), len(s.y), len(s.x), s.proj] for s in sequences
             ],
-            "broken": [url.rpartition("/")[2] for url, _ in broken],
+            "broken": [one.file for one in broken],
             "shards": len(shards),
         },
         shards=tuple(shards),
@@ -105,10 +106,10 @@ class RadarShard:
 
     name: str
     url: str
-    variable: str = ""
-    first: int = 0
-    last: int = 0
-    grid: tuple[int, int] = (0, 0)
+    variable: str
+    first: int
+    last: int
+    grid: tuple[int, int]
 
     def decode(self) -> tuple[list[Region], list[Bad]]:
         """Read the frames as counts of 0.01 mm/h; unreadable ones are filled with the missing value."""
@@ -130,16 +131,16 @@ class RadarShard:
         return [Region(self.name, region, {"rate": rate})], []
 
 
-class BrokenFile(RadarShard):
+@dataclass(frozen=True)
+class BrokenFile:
     """A file whose metadata cannot be read: it has no group, only a line in the quarantine."""
 
-    def __init__(self, url: str, reason: str) -> None:
-        super().__init__(url.rpartition("/")[2], url)
-        object.__setattr__(self, "reason", reason)
+    file: str
+    reason: str
 
     def decode(self) -> tuple[list[Region], list[Bad]]:
         """Nothing to write."""
-        return [], [Bad(self.name, self.name, self.reason)]  # type: ignore[attr-defined]
+        return [], [Bad(self.file, self.file, self.reason)]
 
 
 def _files(source: str) -> list[str]:
@@ -250,7 +251,7 @@ def _cf(name: str, url: str, dataset: xr.Dataset, variable: str | None) -> Seque
         )
     rate = dataset[found]
     _per_hour(rate)
-    if rate.ndim != 3 or "time" not in rate.dims[0].lower():
+    if rate.ndim != 3 or "time" not in str(rate.dims[0]).lower():
         raise InputError(f"{found} has dimensions {rate.dims}: needed (time, y, x)")
     times = rate[rate.dims[0]].values.astype("datetime64[ns]")
     y, x = (rate[dim].values.astype(float) for dim in rate.dims[1:])

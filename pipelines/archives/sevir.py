@@ -1,8 +1,8 @@
 """SEVIR (Veillette et al., NeurIPS 2020): the catalogue, which events are kept, and their pixels.
 
 Raw layout: `CATALOG.csv` and `data/<file_name>`; HDF5 of (event, y, x, time), row 0 in the south. The archive
-is (event, time, y, x), in raw units. SEVIR-LR (Gao et al., PreDiff, NeurIPS 2023, Appendix A) keeps every second frame and takes
-the maximum of 3 × 3 pixels.
+is (event, time, y, x), in raw units. SEVIR-LR (Gao et al., PreDiff, NeurIPS 2023, Appendix A) keeps every
+second frame and takes the maximum of 3 × 3 pixels.
 """
 
 import io
@@ -48,7 +48,8 @@ MODALITIES = {
         {
             "long_name": "vertically integrated liquid, encoded 0-254",
             "units": "1",
-            "comment": "kg m-2: 0 for v <= 5, (v - 2) / 90.66 for 5 < v <= 18, exp((v - 83.9) / 38.9) for v > 18",
+            "comment": "kg m-2: 0 for v <= 5, (v - 2) / 90.66 for 5 < v <= 18, "
+            "exp((v - 83.9) / 38.9) for v > 18",
         },
     ),
     "ir069": Modality(
@@ -187,7 +188,8 @@ def plan(
         )
     # Neighbours in the archive are neighbours in the raw files.
     first = kept[kept["img_type"] == modalities[0]].sort_values(["file_name", "file_index"], kind="stable")
-    by_id = {(str(r.id), str(r.img_type)): (str(r.file_name), int(r.file_index)) for r in kept.itertuples()}
+    located = zip(kept["id"], kept["img_type"], kept["file_name"], kept["file_index"], strict=True)
+    by_id = {(str(i), str(kind)): (str(file), int(row)) for i, kind, file, row in located}
     grids = {name: _grid(first, name, modalities[0], low_resolution) for name in modalities}
     stored = sum(int(np.prod(grid)) * np.dtype(MODALITIES[n].dtype).itemsize for n, grid in grids.items())
     each = max(1, min(32, len(first), shard_mb * 1_000_000 // stored))

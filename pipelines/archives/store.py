@@ -25,6 +25,7 @@ import numpy as np
 import xarray as xr
 import zarr
 from zarr.codecs import BloscCodec, Crc32cCodec
+from zarr.core.metadata import ArrayV3Metadata
 
 from pipelines.errors import InputError
 
@@ -99,12 +100,10 @@ def write_region(
     checksums = {}
     opened = zarr.open_group(url, path=group or None, mode="r+", use_consolidated=False)
     for name, values in arrays.items():
-        stored = opened[name]
-        if not isinstance(stored, zarr.Array):
-            raise TypeError(f"{name} is a group")
+        stored = _array(opened, name)
         values = np.ascontiguousarray(values, dtype=stored.dtype)
         stored[_selection(stored, region)] = values
-        checksums[name] = zlib.crc32(values)
+        checksums[name] = _crc32(values)
     return checksums
 
 
@@ -259,8 +258,11 @@ def open_archive(url: str) -> Archive:
 
 
 def load_coordinates(dataset: xr.Dataset) -> xr.Dataset:
-    """The dataset with its coordinates (not its variables) in memory."""
-    return dataset.assign_coords({name: dataset[name].load() for name in dataset.coords})
+    """The dataset with its coordinates (not its variables) in memory, strings as NumPy's of fixed length."""
+    loaded = dataset.assign_coords({name: dataset[name].load() for name in dataset.coords})
+    # NumPy's own `astype(str)` knows no strings of any length, nor do most of its functions.
+    texts = {n: c.astype(object).astype(str) for n, c in loaded.coords.items() if c.dtype.kind in "TO"}
+    return loaded.assign_coords(texts)
 
 
 def validate(url: str) -> list[str]:
@@ -284,14 +286,42 @@ def validate(url: str) -> list[str]:
             for name, expected in part["crc32"].items():
                 where = f"shard {shard}, {part['group']}/{name}".replace(" /", " ")
                 try:
-                    stored = group[name]
-                    found = zlib.crc32(np.ascontiguousarray(stored[_selection(stored, region)]))
+                    stored = _array(group, name)
+                    found = _crc32(np.ascontiguousarray(stored[_selection(stored, region)]))
                 except (ValueError, RuntimeError, KeyError, OSError) as error:
                     problems.append(f"{where} cannot be read: {' '.join(str(error).split())}")
                     continue
                 if found != expected:
                     problems.append(f"{where} has CRC-32 {found:08x}: needed {expected:08x}")
     return problems
+
+
+def describe(url: str) -> str:
+    """What a store holds and how far it is, finished or not, for people.
+
+    Raises:
+        InputError: there is no store at `url`.
+    """
+    config, done = _config(url), read_json(url, "records/complete.json")
+    fs, path = fsspec.core.url_to_fs(url)
+    lines = [
+        f"{url}: {config['config']['kind']}, configuration {config['config_hash']}, "
+        f"{fs.du(path) / 1e6:.1f} MB",
+        f"complete since {done['finished']}: {config['shards']} shards, code {done['code_version']}"
+        if done
+        else _unfinished(url, config["shards"], len(pending(url, config["shards"]))),
+    ]
+    if done:
+        counts = {**done["counts"], **done["counts"].get("dropped", {})}
+        lines.append(", ".join(f"{n} {what}" for what, n in counts.items() if what != "dropped"))
+        quarantine = done.get("quarantine", ())
+        lines += [f"quarantined: {row['series']} ({row['file']}): {row['reason']}" for row in quarantine]
+    root = zarr.open_group(url, mode="r")
+    lines.append(str(xr.open_zarr(url, mask_and_scale=False, decode_timedelta=True, chunks=None)))
+    for name in sorted(name for name in root.group_keys() if name != "records"):
+        group = xr.open_zarr(url, group=name, mask_and_scale=False, chunks=None)
+        lines.append(f"{name}: " + "; ".join(f"{k} {dict(v.sizes)} {v.dtype}" for k, v in group.items()))
+    return "\n".join(lines)
 
 
 def write_json(url: str, name: str, value: Any) -> None:
@@ -345,6 +375,18 @@ def _encoding(variable: xr.DataArray) -> dict[str, Any]:
     return {"compressors": (COMPRESSOR, Crc32cCodec()), "write_empty_chunks": True, **kept}
 
 
+def _array(group: zarr.Group, name: str) -> zarr.Array:
+    found = group[name]
+    if not isinstance(found, zarr.Array):
+        raise KeyError(f"{name} is a group: needed an array")
+    return found
+
+
+def _crc32(values: np.ndarray) -> int:
+    return zlib.crc32(values.data.cast("B"))
+
+
 def _selection(stored: zarr.Array, region: Mapping[str, slice]) -> tuple[slice, ...]:
+    assert isinstance(stored.metadata, ArrayV3Metadata)
     names = stored.metadata.dimension_names or ()
     return tuple(region.get(str(name), slice(None)) for name in names)

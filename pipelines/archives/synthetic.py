@@ -288,7 +288,7 @@ def _write_icar(folder: Path, name: str, sst: np.ndarray, label: np.ndarray, att
 def write_radar(
     folder: str | Path, *, sequences: int = 4, seed: int = 0, size: int = 192, frames: int = 40
 ) -> None:
-    """Write radar sequences in mm/h, a file each, on days a month apart; outside a disc there is no coverage."""
+    """Write radar sequences in mm/h, a file each, on days a month apart; no coverage outside a disc."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     y, x = np.mgrid[:size, :size] - size / 2
