@@ -42,9 +42,8 @@ class Persistence(nn.Module):
         self.scaling = scaling
 
     def loss(self, batch: dict[str, Tensor]) -> Tensor:
-        """Mean squared error on the scaled fields; missing pixels count as zero error."""
-        scaled = self.scaling.encode(batch["context"][:, -1:])
-        last = torch.where(present(batch["context"][:, -1:]), scaled, 0.0)
+        """Mean squared error on the scaled fields; missing targets count as zero error."""
+        last = _scaled(batch["context"][:, -1:], self.scaling)
         return _squared_error(last, batch["target"], self.scaling)
 
     def forecast(self, context: Tensor, seeds: Tensor) -> Tensor:
@@ -67,20 +66,22 @@ class EarthformerForecaster(nn.Module):
         return self.loss(batch)
 
     def loss(self, batch: dict[str, Tensor]) -> Tensor:
-        """Mean squared error on the scaled fields; missing pixels count as zero error.
+        """Mean squared error on the scaled fields; missing targets count as zero error.
 
         The mean runs over all pixels, so that it splits exactly over workers and micro-batches.
         """
-        return _squared_error(self.network(self._scaled(batch["context"])), batch["target"], self.scaling)
+        return _squared_error(self.network(_scaled(batch["context"], self.scaling)), batch["target"], self.scaling)
 
     @torch.inference_mode()
     def forecast(self, context: Tensor, seeds: Tensor) -> Tensor:
         """Members (B, 1, T_out, H, W, C), float32 in the units of `context`."""
         _one_member(seeds)
-        return self.scaling.decode(self.network(self._scaled(context)).float())[:, None]
+        return self.scaling.decode(self.network(_scaled(context, self.scaling)).float())[:, None]
 
-    def _scaled(self, context: Tensor) -> Tensor:
-        return torch.where(present(context), self.scaling.encode(context), 0.0)
+
+def _scaled(context: Tensor, scaling: Scaling) -> Tensor:
+    # Missing is 0 in the field's own units, as in the published loaders: no rain, no anomaly.
+    return scaling.encode(torch.where(present(context), context, 0))
 
 
 def _squared_error(forecast: Tensor, target: Tensor, scaling: Scaling) -> Tensor:

@@ -7,6 +7,7 @@ field itself, seen through a permutation.
 import copy
 import math
 from collections.abc import Callable
+from functools import partial
 from itertools import product
 from typing import Any
 
@@ -20,8 +21,8 @@ from earthformer.config import Activation, FeedForward, FieldShape, Norm, Paddin
 LEAKY_SLOPE = 0.1
 CHUNK_PIXELS = 2**17
 """Without gradients, so many pixels of frames go through a stem at a time on a CPU."""
-RECOMPUTED_MAPS = 2**24
-"""With gradients, the patch merging of maps of so many numbers is done again in backward, not kept."""
+RECOMPUTED_MAPS = 2**23
+"""With gradients, norms and activations of maps of so many numbers are done again in backward, not kept."""
 _CONVOLUTION_ROWS = 256
 
 
@@ -313,6 +314,17 @@ def composed_upsample(
     return bordered
 
 
+def recomputed(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """`function(x)`; for a large `x` with gradients, only `x` is kept and the rest done again in backward.
+
+    What ends `function` costs nothing: it is stopped where all that backward needs is there again.
+    """
+    if not torch.is_grad_enabled() or x.numel() < RECOMPUTED_MAPS:
+        return function(x)
+    y: Tensor = checkpoint(function, x, use_reentrant=False, preserve_rng_state=False)
+    return y
+
+
 class ConvBlock(nn.Sequential):
     """`count` times a 3x3 convolution, group norm and activation, on (N, C, H, W)."""
 
@@ -322,6 +334,21 @@ class ConvBlock(nn.Sequential):
             layers += [nn.Conv2d(dim if i == 0 else out, out, 3, padding=1), nn.GroupNorm(groups, out)]
             layers.append(make_activation(activation, inplace=True))
         super().__init__(*layers)
+
+    def after_first(self, x: Tensor, last: Callable[[Tensor], Tensor]) -> Tensor:
+        """All but the first convolution, and `last`; `x` is what that made.
+
+        Norm, activation and the convolution that follows are one step, of which a large map is kept once.
+        """
+        layers = list(self)[1:]
+        for i in range(0, len(layers) - 2, 3):
+            x = recomputed(nn.Sequential(*layers[i : i + 3]), x)
+        return recomputed(lambda y: last(nn.Sequential(*layers[-2:])(y)), x)
+
+
+def _merged(frames: Tensor, merging: nn.Module, batch: int) -> Tensor:
+    y: Tensor = merging(_fields(frames, batch))
+    return y
 
 
 class InitialEncoder(nn.Module):
@@ -346,12 +373,10 @@ class InitialEncoder(nn.Module):
         return in_chunks(self._all, x, math.prod(x.shape[2:4])) if self.frame_wise else self._all(x)
 
     def _all(self, x: Tensor) -> Tensor:
+        batch = x.shape[0]
         for block, merging in zip(self.conv_block_list, self.patch_merge_list, strict=True):
-            x = _fields(block(_frames(x)), x.shape[0])
-            if torch.is_grad_enabled() and x.numel() >= RECOMPUTED_MAPS:
-                x = checkpoint(merging, x, use_reentrant=False, preserve_rng_state=False)
-            else:
-                x = merging(x)
+            assert isinstance(block, ConvBlock)
+            x = block.after_first(block[0](_frames(x)), partial(_merged, merging=merging, batch=batch))
         return x
 
 
@@ -416,8 +441,7 @@ class FinalDecoder(nn.Module):
             second = block[0]
             assert isinstance(second, nn.Conv2d)
             frames = composed_upsample(frames, up.conv, second, scale, *composed)
-            for layer in list(block)[1:]:
-                frames = layer(frames)
+            frames = block.after_first(frames, nn.Identity())
         return _fields(frames, x.shape[0])
 
     def _convolutions(self, stage: int) -> tuple[nn.Conv2d, nn.Conv2d]:

@@ -3,12 +3,14 @@
 import json
 import sys
 import warnings
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Annotated
 
 import typer
 from rich.console import Console
 from rich.markup import escape
+from rich.table import Table
 
 from pipelines.errors import InputError
 
@@ -57,27 +59,51 @@ def prepare(
     source: Annotated[str, typer.Option(help="URL of the raw archive.")],
     archive: Annotated[str, typer.Option(help="URL of the Zarr archive to write.")],
     modalities: Annotated[str, typer.Option(help="SEVIR: comma-separated image types.")] = "vil",
+    variable: Annotated[
+        str | None, typer.Option(help="Radar: name of the rain rate in files of other layouts.")
+    ] = None,
     workers: Workers = None,
-    memory_mb: Annotated[int | None, typer.Option(help="Memory a worker may claim, in MB.")] = None,
-    shard_mb: Annotated[int, typer.Option(help="Raw size of a shard, in MB.")] = 128,
-    strict: Annotated[bool, typer.Option("--strict", help="A bad event is fatal.")] = False,
+    memory_mb: Annotated[int | None, typer.Option(help="Memory that a worker claims, in MB.")] = None,
+    shard_mb: Annotated[int, typer.Option(help="Size of a shard before compression, in MB.")] = 128,
+    strict: Annotated[bool, typer.Option("--strict", help="A series that cannot be read is fatal.")] = False,
     dry_run: DryRun = False,
 ) -> None:
     """Read a raw archive and write it as sharded Zarr; the same command resumes."""
-    from pipelines.prepare import prepare
+    from pipelines import prepare as stage
 
-    summary = prepare(
+    types = tuple(name.strip() for name in modalities.split(","))
+    if dry_run:
+        found = stage.estimate(
+            kind, source, archive, modalities=types, variable=variable, workers=workers, shard_mb=shard_mb
+        )
+        console.print(escape(str(found)), highlight=False, soft_wrap=True)
+        return
+    summary = stage.prepare(
         kind,
         source,
         archive,
-        modalities=tuple(modalities.split(",")),
+        modalities=types,
+        variable=variable,
         workers=workers,
         memory_mb=memory_mb,
         shard_mb=shard_mb,
         strict=strict,
-        dry_run=dry_run,
     )
-    console.print(str(summary), highlight=False)
+    _print_quarantine(summary.quarantine)
+    console.print(escape(str(summary)), highlight=False, soft_wrap=True)
+
+
+def _print_quarantine(rows: Sequence[dict[str, str]], most: int | None = 20) -> None:
+    if not rows:
+        return
+    table = Table(title=f"quarantine: {len(rows)} series that could not be read", title_justify="left")
+    for name in ("series", "file", "reason"):
+        table.add_column(name, overflow="fold")
+    for row in rows[:most]:
+        table.add_row(*(escape(row[name]) for name in ("series", "file", "reason")))
+    console.print(table)
+    if most is not None and len(rows) > most:
+        console.print(f"… and {len(rows) - most} more, which `earthformer inspect` lists", highlight=False)
 
 
 @app.command()
@@ -105,7 +131,8 @@ def train(
     if dry_run:
         console.print_json(json.dumps({"config_hash": resolved.hash, **asdict(resolved)}))
         return
-    console.print(str(train(resolved, archive, run, workers=workers, gpu=gpu)), highlight=False)
+    trained = train(resolved, archive, run, workers=workers, gpu=gpu)
+    console.print(str(trained), highlight=False, soft_wrap=True)
 
 
 @app.command()
@@ -119,8 +146,8 @@ def forecast(
     assignments: Assignments = None,
     limit: Annotated[int | None, typer.Option(help="Only the first so many windows.")] = None,
     seed: int = 0,
-    workers: Workers = None,
-    gpu: Annotated[bool, typer.Option("--gpu", help="One GPU a worker.")] = False,
+    workers: Annotated[int, typer.Option(help="Replicas of the forecaster; they share the processors.")] = 1,
+    gpu: Annotated[bool, typer.Option("--gpu", help="One GPU a replica.")] = False,
     batch_size: Annotated[int, typer.Option(help="Windows a forward pass.")] = 8,
     dry_run: DryRun = False,
 ) -> None:
@@ -129,15 +156,22 @@ def forecast(
     from pipelines import runs
 
     overlay = runs.read_overlay(config, assignments or [])
+    if overlay and not task:
+        raise InputError(
+            "--config and --set lie over the task of persistence: needed --task NAME beside them"
+        )
     chosen = runs.resolve(task, overlay=overlay).task if task else None
     planned = stage.plan(run, archive, split, task=chosen, seed=seed, limit=limit)
     if dry_run:
-        console.print(stage.template(planned))
-        console.print(f"{len(planned.keys)} windows in {planned.shards} shard(s) of {planned.shard_windows}")
+        todo, template = stage.pending(planned, out), stage.template(planned)
+        console.print(escape(str(template)), highlight=False, soft_wrap=True)
+        said = (
+            f"{out}: would write {template.nbytes / 1e6:.1f} MB, {len(todo)} of {planned.shards} shards to do"
+        )
+        console.print(escape(said), highlight=False, soft_wrap=True)
         return
-    console.print(
-        str(stage.forecast(planned, out, workers=workers, gpu=gpu, batch_size=batch_size)), highlight=False
-    )
+    done = stage.forecast(planned, out, workers=workers, gpu=gpu, batch_size=batch_size)
+    console.print(escape(str(done)), highlight=False, soft_wrap=True)
 
 
 @app.command()
@@ -167,24 +201,31 @@ def report(
 
 
 @app.command()
-def inspect(url: str) -> None:
-    """Print what an archive, run or forecast holds."""
+def inspect(url: Annotated[str, typer.Argument(help="Archive, run or forecast.")]) -> None:
+    """Print what an archive, run or forecast holds, finished or not."""
     from pipelines import runs
     from pipelines.archives import store
 
-    console.print(escape(runs.describe(url) or store.describe(url)), highlight=False, soft_wrap=True)
+    run = runs.describe(url)
+    console.print(escape(run or store.describe(url)), highlight=False, soft_wrap=True)
+    if not run:
+        _print_quarantine(store.quarantined(url), most=None)
 
 
 @app.command()
-def validate(url: str) -> None:
-    """Check a store's completeness and every checksum."""
-    from pipelines.archives.store import validate
+def validate(url: Annotated[str, typer.Argument(help="Archive or forecast.")]) -> None:
+    """Check an archive's or a forecast's completeness and every checksum."""
+    from pipelines.archives import store
 
-    problems = validate(url)
-    if problems:
-        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-        raise InputError(f"{url}: {problems[0]}{more}")
-    console.print(f"{url}: complete, all checksums match")
+    problems = store.validate(url)
+    if not problems:
+        console.print(f"{url}: complete, all checksums match", highlight=False, soft_wrap=True)
+        return
+    for problem in problems:
+        console.print(escape(problem), highlight=False, soft_wrap=True)
+    raise InputError(
+        f"{url} is not whole: {problems[0]}" + (f" (and {len(problems) - 1} more)" if problems[1:] else "")
+    )
 
 
 def main() -> None:
@@ -193,7 +234,7 @@ def main() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=DeprecationWarning)
     try:
-        app(standalone_mode=False)
+        app()
     except InputError as error:
         _fail(str(error))
     except OSError as error:

@@ -1,7 +1,9 @@
 """Joining a Ray cluster, or starting a quiet local one."""
 
+import contextlib
 import logging
 import os
+import sys
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -9,6 +11,7 @@ from typing import Any
 
 import ray
 import ray.data
+import ray.exceptions
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -29,8 +32,10 @@ def connect(workers: int | None = None, address: str | None = None) -> None:
     Does nothing when this process already has a cluster.
 
     Raises:
-        InputError: no cluster answers at `address`.
+        InputError: no cluster answers at `address`, or `workers` is below 1.
     """
+    if workers is not None and workers < 1:
+        raise InputError(f"{workers} workers: needed 1 or more")
     if ray.is_initialized():
         return
     # Ray's own progress and hints are for those who write Ray programs; ours come from the verbs.
@@ -38,8 +43,11 @@ def connect(workers: int | None = None, address: str | None = None) -> None:
     os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("RAY_TRAIN_ENABLE_V2_MIGRATION_WARNINGS", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    # A worker killed just after `report` loses what the controller has not yet seen: look often.
+    # Notice soon that a training worker has died.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
+    # Threads that wait for one another by spinning, as OpenMP's do unless told otherwise, make a step up to
+    # a hundred times slower when another process wants the processor, as Ray Data's tasks do.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     address = address or os.environ.get("RAY_ADDRESS")
     start = partial(ray.init, log_to_driver=False, logging_level=logging.ERROR)
     if address in (None, "", "local"):
@@ -58,12 +66,45 @@ def connect(workers: int | None = None, address: str | None = None) -> None:
                 "cluster and, if it asks for one, its token"
             ) from error
     quiet()
+    _let_ray_warn_unseen()
 
 
 def quiet() -> None:
     """Keep Ray's logs in its log files."""
-    for name in ("ray.data", "ray.train", "ray.tune", "ray"):
+    for name in ("ray.train", "ray.tune", "ray"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    # What Ray Data logs as an error is a task's exception, which travels to whoever says it in one line.
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)
+
+
+def _let_ray_warn_unseen() -> None:
+    """Use up a warning that Ray prints once a process, past all loggers, whenever Ray Data starts actors.
+
+    Ray Data hands its actors their work by reference, and Ray says of any such actor that it might not
+    restart (ray-project/ray#57733). The actor here is of that kind, asks for what no node has, and never
+    starts.
+    """
+    never: Any = ray.remote(num_cpus=0, resources={"nowhere": 1}, max_restarts=1)(_Never)
+    with _no_stderr():
+        actor = never.remote(ray.put(None))
+    ray.kill(actor)
+
+
+class _Never:
+    def __init__(self, _: None) -> None:
+        raise NotImplementedError
+
+
+@contextlib.contextmanager
+def _no_stderr() -> Iterator[None]:
+    kept, nothing = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nothing, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nothing)
 
 
 def cores() -> int:
@@ -72,20 +113,35 @@ def cores() -> int:
 
 
 def track(rows: ray.data.Dataset, total: int, label: str, progress: bool = True) -> Iterator[dict[str, Any]]:
-    """The rows of a dataset as its tasks finish, under a progress bar."""
+    """The rows of a dataset as its tasks finish, under a progress bar if this is a terminal.
+
+    Raises:
+        Exception: what a task raised, as itself.
+    """
     context = rows.context
     context.enable_progress_bars = False
+    context.raise_original_map_exception = True
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, TimeRemainingColumn(), transient=True, disable=not progress) as bar:
+    shown = progress and sys.stdout.isatty()
+    with Progress(*columns, TimeRemainingColumn(), transient=True, disable=not shown) as bar:
         task = bar.add_task(label, total=total)
-        for row in rows.iter_rows():
-            bar.advance(task)
-            yield row
+        try:
+            for row in rows.iter_rows():
+                bar.advance(task)
+                yield row
+        except ray.exceptions.RayTaskError as error:
+            if isinstance(error.cause, Exception):
+                raise error.cause from error
+            raise
 
 
 def absolute(url: str) -> str:
-    """A URL that means the same in a worker, whose working directory is another."""
-    scheme, separator, rest = url.partition("://")
-    if separator and scheme not in ("file", "local"):
-        return url
-    return str(Path(rest if separator else url).resolve())
+    """A URL that means the same in a worker, whose working directory is another.
+
+    Of a chain, such as `zip://::raw.zip`, the last link is the one that lies somewhere.
+    """
+    *chain, last = url.split("::")
+    scheme, separator, rest = last.partition("://")
+    if not separator or scheme in ("file", "local"):
+        last = str(Path(rest if separator else last).expanduser().resolve())
+    return "::".join([*chain, last])

@@ -1,29 +1,30 @@
-"""A run directory: the resolved configuration, checkpoints, metrics and provenance.
+"""A run directory: the resolved configuration, provenance and, once training is over, the weights.
 
-RUN/config.json             resolved configuration and its hash, written before the first step
-RUN/metrics.jsonl           one line a logging interval, one a validation
-RUN/tensorboard/            the same for TensorBoard
-RUN/checkpoint_*/           Ray Train's: weights.safetensors and state.pt (optimiser, step, best score)
-RUN/weights.safetensors     the best checkpoint's weights
-RUN/run.json                completion record, written last
+RUN/config.json            resolved configuration and its hash, written before the first step
+RUN/metrics.jsonl and RUN/tensorboard/, RUN/checkpoints/: see `journal`
+RUN/weights.safetensors    the best checkpoint's weights
+RUN/run.json               completion record, written last
 """
 
 import dataclasses
 import difflib
 import hashlib
-import json
 import math
+import time
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from typing import Any, Literal, TypeVar
 
 import fsspec
 import safetensors.torch
+import torch
 import yaml
 from pydantic import TypeAdapter, ValidationError
-from torch.utils.tensorboard import SummaryWriter
 
 from earthformer.config import PRESETS, EarthformerConfig
 from earthformer.forecasters import EarthformerForecaster, Persistence
+from pipelines import journal
+from pipelines.archives import filesystem
 from pipelines.archives.store import config_hash, read_json, write_json
 from pipelines.errors import InputError
 from pipelines.tasks import TASKS, Task
@@ -59,6 +60,24 @@ class Training:
     precision: Literal["float32", "bf16"] = "float32"
     compile: bool = False
 
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "micro_batch", "epochs", "validate_every", "patience", "log_steps"):
+            _need(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        every = self.checkpoint_steps
+        _need(every is None or every >= 1, "checkpoint_steps", every, "at least 1, or none")
+        for name in ("learning_rate", "clip_norm"):
+            value = getattr(self, name)
+            _need(0 < value < math.inf, name, value, "a finite number above 0")
+        _need(0 <= self.weight_decay < math.inf, "weight_decay", self.weight_decay, "at least 0")
+        _need(0 <= self.warmup < 1, "warmup", self.warmup, "a fraction from 0 to below 1")
+        _need(0 <= self.min_lr_ratio <= 1, "min_lr_ratio", self.min_lr_ratio, "a fraction from 0 to 1")
+        _need(self.seed >= 0, "seed", self.seed, "at least 0")
+
+
+def _need(held: bool, name: str, found: Any, needed: str) -> None:
+    if not held:
+        raise ValueError(f"{name} is {found}: needed {needed}")
+
 
 _ENSO = Training(
     batch_size=64, micro_batch=16, learning_rate=1e-4, weight_decay=1e-5, validate_every=5, patience=5
@@ -69,7 +88,7 @@ TRAINING: dict[str, Training] = {
     "earthformer_enso": _ENSO,
     "earthformer_enso_tiny": _TINY,
     "earthformer_sevir_tiny": dataclasses.replace(_TINY, batch_size=4, micro_batch=2),
-    "earthformer_sevir_lr_tiny": _TINY,
+    "earthformer_sevir_lr_tiny": dataclasses.replace(_TINY, epochs=16),
     "earthformer_radar_tiny": _TINY,
 }
 """How each model preset is trained; those not named here as SEVIR was published."""
@@ -95,14 +114,13 @@ def resolve(task: str, preset: str | None = None, overlay: dict[str, Any] | None
     """The configuration of a task and a model preset, with a (partial) overlay laid over both.
 
     Raises:
-        InputError: unknown task, preset or key (the nearest one is named); a value of the wrong type.
+        InputError: unknown task, preset or key (the nearest one is named); an impossible value.
     """
     chosen = TASKS.get(task) or _unknown("task", task, TASKS)
     preset = preset or chosen.model
     model = PRESETS.get(preset) or _unknown("preset", preset, PRESETS)
     config = Config("earthformer", chosen, model, TRAINING.get(preset, Training()), preset)
-    merged = _overlay(dataclasses.asdict(config), overlay or {}, "")
-    return from_dict(merged)
+    return from_dict(_overlay(dataclasses.asdict(config), overlay or {}, ""))
 
 
 def from_dict(values: dict[str, Any]) -> Config:
@@ -118,14 +136,14 @@ def read_overlay(path: str | None, assignments: list[str]) -> dict[str, Any]:
     """A YAML or JSON file and `section.key=value` assignments (later ones win) as one nested dict.
 
     Raises:
-        InputError: absent or unreadable file, or an assignment without `=`.
+        InputError: absent or unreadable file, an assignment without `=` or with an unreadable value.
     """
     overlay: dict[str, Any] = {}
     if path:
         try:
             with fsspec.open(path, "rt") as file:
                 overlay = yaml.safe_load(file) or {}
-        except (OSError, yaml.YAMLError) as error:
+        except (OSError, ValueError, ImportError, yaml.YAMLError) as error:
             raise InputError(f"configuration {path} cannot be read: {_one_line(error)}") from error
         if not isinstance(overlay, dict):
             raise InputError(f"configuration {path} holds a {type(overlay).__name__}: needed a mapping")
@@ -133,70 +151,87 @@ def read_overlay(path: str | None, assignments: list[str]) -> dict[str, Any]:
         name, separator, value = assignment.partition("=")
         if not separator:
             raise InputError(f"--set {assignment}: needed section.key=value, such as training.epochs=5")
+        try:
+            parsed = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise InputError(f"--set {assignment}: {value!r} is no YAML: {_one_line(error)}") from error
         *sections, key = name.split(".")
         place = overlay
         for section in sections:
-            place = place.setdefault(section, {})
-        place[key] = yaml.safe_load(value)
+            if not isinstance(place.get(section), dict):
+                place[section] = {}
+            place = place[section]
+        place[key] = parsed
     return overlay
 
 
 def start(run: str, config: Config, provenance: dict[str, Any]) -> bool:
     """Write the run's configuration; True when the run has been completed before.
 
+    Args:
+        run: URL of the run directory.
+        config: the resolved configuration.
+        provenance: where the data come from; `archive_hash` identifies them.
+
     Raises:
-        InputError: the directory holds a run of another configuration (both hashes are named).
+        InputError: the directory holds a run of another configuration or of another archive (both hashes are
+            named), or files that are no run's.
     """
-    found = read_json(run, "config.json")
-    if found is not None and found["config_hash"] != config.hash:
+    found = journal.read_record(run, "config.json", needs="config_hash")
+    if found is None:
+        _refuse_other_files(run)
+        record = {"config_hash": config.hash, "config": dataclasses.asdict(config), "provenance": provenance}
+        write_json(run, "config.json", record)
+    elif found["config_hash"] != config.hash:
         raise InputError(
             f"{run} was trained under configuration {found['config_hash']}, asked is {config.hash}: "
             "needed the same configuration, or another run directory"
         )
-    if found is None:
-        record = {"config_hash": config.hash, "config": dataclasses.asdict(config), "provenance": provenance}
-        write_json(run, "config.json", record)
-    return read_json(run, "run.json") is not None
+    elif found["provenance"].get("archive_hash") != provenance.get("archive_hash"):
+        raise InputError(
+            f"{run} was trained on archive {found['provenance'].get('archive_hash')}, "
+            f"{provenance.get('archive')} is {provenance.get('archive_hash')}: "
+            "needed the same archive, or another run directory"
+        )
+    return journal.read_record(run, "run.json", needs="run_hash") is not None
 
 
-def complete(run: str, weights: bytes, record: dict[str, Any]) -> dict[str, Any]:
-    """Write the best weights and, last, the completion record; returns the record."""
-    fs, path = fsspec.core.url_to_fs(run)
-    fs.pipe_file(f"{path}/weights.safetensors", weights)
-    record = {**record, "weights_sha256": hashlib.sha256(weights).hexdigest()}
-    record["run_hash"] = hashlib.sha256(
-        (record["config_hash"] + record["weights_sha256"]).encode()
-    ).hexdigest()[:16]
+def _refuse_other_files(run: str) -> None:
+    fs, path = filesystem(run)
+    found = fs.ls(path, detail=False) if fs.exists(path) else []
+    names = sorted(name.rstrip("/").rpartition("/")[2] for name in found)
+    # A config.json whose writing was cut off is alone, and is written again.
+    if names and (names != ["config.json"] or read_json(run, "config.json") is not None):
+        raise InputError(
+            f"{run} holds {names[0]} but no run's config.json: needed a run, or an empty or absent folder"
+        )
+
+
+def complete(run: str, config: Config, provenance: dict[str, Any]) -> dict[str, Any]:
+    """Write the best checkpoint's weights and, last, the completion record; returns the record."""
+    records = journal.checkpoints(run)
+    top, last = journal.best(records), records[-1]
+    assert top is not None
+    weights = journal.read_part(run, top, "weights.safetensors")
+    journal.write_whole(run, "weights.safetensors", weights)
+    digest = hashlib.sha256(weights).hexdigest()
+    record = {
+        "config_hash": config.hash,
+        "run_hash": hashlib.sha256((config.hash + digest).encode()).hexdigest()[:16],
+        "weights_sha256": digest,
+        "monitor": config.task.monitor,
+        "best_score": top["score"],
+        "best_step": top["step"],
+        "steps": last["step"],
+        "epochs": last["epoch"],
+        "worker_peak_rss_mb": last["peak_rss_mb"],
+        "code_version": version("earthformer-ray"),
+        "torch_version": torch.__version__,
+        "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        **provenance,
+    }
     write_json(run, "run.json", record)
     return record
-
-
-class Metrics:
-    """A run's `metrics.jsonl` and TensorBoard folder, written by one process at a time."""
-
-    def __init__(self, run: str, step: int) -> None:
-        self.run = run
-        # What a killed run logged after its last checkpoint is about to be done again.
-        self.lines = [line for line in read_metrics(run) if line["step"] <= step]
-        self.board = SummaryWriter(f"{run}/tensorboard", purge_step=step + 1)
-
-    def write(self, step: int, values: dict[str, float]) -> None:
-        """Add a line; the file is written whole, since object stores cannot append."""
-        self.lines.append({"step": step, **{k: v for k, v in values.items() if math.isfinite(v)}})
-        fs, path = fsspec.core.url_to_fs(self.run)
-        fs.pipe_file(f"{path}/metrics.jsonl", "\n".join(map(json.dumps, self.lines)).encode() + b"\n")
-        for name, value in self.lines[-1].items():
-            self.board.add_scalar(name, value, step)
-        self.board.flush()
-
-
-def read_metrics(run: str) -> list[dict[str, float]]:
-    """The lines of a run's `metrics.jsonl`; none where there is no such file."""
-    fs, path = fsspec.core.url_to_fs(run)
-    try:
-        return [json.loads(line) for line in fs.cat_file(f"{path}/metrics.jsonl").splitlines()]
-    except (FileNotFoundError, json.JSONDecodeError):
-        return []
 
 
 @dataclass(frozen=True)
@@ -216,16 +251,14 @@ class Run:
         """The trained forecaster in eval mode, in its fused inference-time form.
 
         Raises:
-            InputError: the weights are damaged or belong to another model.
+            InputError: the weights are absent, damaged or of another model.
         """
-        fs, path = fsspec.core.url_to_fs(self.url)
-        weights = fs.cat_file(f"{path}/weights.safetensors")
-        digest = hashlib.sha256(weights).hexdigest()
-        if digest != self.record["weights_sha256"]:
-            raise InputError(
-                f"{self.url}/weights.safetensors has SHA-256 {digest[:16]}: needed "
-                f"{self.record['weights_sha256'][:16]}, which the run recorded"
-            )
+        weights = journal.read_checked(
+            self.url,
+            "weights.safetensors",
+            self.record["weights_sha256"],
+            "delete the run's run.json, and the same `earthformer train` command writes both again",
+        )
         forecaster = EarthformerForecaster(self.config.model, self.config.task.scaling)
         load_weights(forecaster, safetensors.torch.load(weights), f"{self.url}/weights.safetensors")
         forecaster.network = forecaster.network.eval().fuse()
@@ -238,10 +271,12 @@ def open_run(url: str) -> Run:
     Raises:
         InputError: there is no run at `url`, or it is unfinished.
     """
-    found = read_json(url, "config.json")
-    if found is None or "config_hash" not in found:
-        raise InputError(f"{url} is not a run: it has no config.json; needed what `earthformer train` wrote")
-    record = read_json(url, "run.json")
+    found = journal.read_record(url, "config.json", needs="config_hash")
+    if found is None:
+        raise InputError(
+            f"{url} is not a run: it has no readable config.json; needed what `earthformer train` wrote"
+        )
+    record = journal.read_record(url, "run.json", needs="run_hash")
     if record is None:
         raise InputError(
             f"{url} is not complete: run the same `earthformer train` command again to finish it"
@@ -251,10 +286,10 @@ def open_run(url: str) -> Run:
 
 def describe(url: str) -> str | None:
     """What a run is and how far it is, for people; None where there is no run at `url`."""
-    found = read_json(url, "config.json")
-    if found is None or "config_hash" not in found:
+    found = journal.read_record(url, "config.json", needs="config_hash")
+    if found is None:
         return None
-    record, lines = read_json(url, "run.json"), read_metrics(url)
+    record, lines = journal.read_record(url, "run.json", needs="run_hash"), journal.read_metrics(url)
     config = found["config"]
     where = f"at step {lines[-1]['step']}, epoch {lines[-1]['epoch']}" if lines else "before its first step"
     state = (
@@ -307,11 +342,10 @@ def _validated(kind: type[T], values: dict[str, Any]) -> T:
         return TypeAdapter(kind).validate_python(values)
     except ValidationError as error:
         first = error.errors()[0]
-        raise InputError(
-            f"configuration key {'.'.join(map(str, first['loc']))} is {first['input']!r}: {first['msg']}"
-        ) from error
-    except ValueError as error:
-        raise InputError(f"configuration: {_one_line(error)}") from error
+        key = ".".join(map(str, first["loc"]))
+        if first["type"] == "value_error":
+            raise InputError(f"configuration key {key}: {first['ctx']['error']}") from error
+        raise InputError(f"configuration key {key} is {first['input']!r:.80}: {first['msg']}") from error
 
 
 def _unknown(what: str, name: str, known: Any) -> Any:

@@ -2,12 +2,24 @@
 
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from earthformer.config import Scaling
+
+ARCHIVES = ("sevir", "sevir-lr", "enso", "radar")
+
+
+def _need(holds: bool, name: str, found: object, needed: str) -> None:
+    if not holds:
+        raise ValueError(f"{name} is {found!r}: needed {needed}")
 
 
 @dataclass(frozen=True)
 class Tiles:
-    """How windows are cut from grids that are larger than the model's (radar composites)."""
+    """How windows are cut from grids that are larger than the model's (radar composites).
+
+    Tiles lie `stride` pixels apart, from the first row and column on; a grid's far edges may be left over.
+    """
 
     size: int = 128
     stride: int = 64
@@ -18,14 +30,23 @@ class Tiles:
     min_cover: float = 1.0
     """Least fraction of the window's pixels that the radar covers."""
 
+    def __post_init__(self) -> None:
+        _need(self.size >= 1, "tiles.size", self.size, "at least 1 pixel")
+        _need(self.stride >= 1, "tiles.stride", self.stride, "at least 1 pixel")
+        for name in ("min_wet", "min_cover"):
+            value = getattr(self, name)
+            _need(0 <= value <= 1, f"tiles.{name}", value, "a fraction from 0 to 1")
+
 
 @dataclass(frozen=True)
 class Splits:
     """Where train, val and test part: by date, except ENSO, which parts by source (climate model).
 
-    A series belongs to `val` when its time is later than `val_from` (exclusive) and not later than
-    `test_from`; to `test` when later than `test_from`. Without dates, the last date in the archive is the
-    test set and the one before it the validation set.
+    A time belongs to `val` when it is later than `val_from` and not later than `test_from`, to `test` when
+    later than `test_from`, else to `train`. SEVIR's events go whole by their `time_utc`, as published, though
+    their frames reach two hours to either side; of a radar sequence every frame of a window must lie in the
+    split. Without dates, the last date in the archive is the test set and the one before it the validation
+    set.
     """
 
     val_from: str | None = None
@@ -33,6 +54,23 @@ class Splits:
     val_fraction: float | None = None
     """SEVIR-LR as published (PreDiff, Sec. 4.1): a random tenth of the train *windows*, drawn with seed 0.
     Windows of one event overlap, so train and val share frames; the test set does not."""
+
+    def __post_init__(self) -> None:
+        for name in ("val_from", "test_from"):
+            _need(_is_date(getattr(self, name)), f"splits.{name}", getattr(self, name), "a date, YYYY-MM-DD")
+        if self.val_from and self.test_from:
+            ordered = bool(np.datetime64(self.val_from) <= np.datetime64(self.test_from))
+            _need(ordered, "splits.val_from", self.val_from, f"no later than test_from, {self.test_from}")
+        if self.val_fraction is not None:
+            _need(0 < self.val_fraction < 1, "splits.val_fraction", self.val_fraction, "between 0 and 1")
+            _need(self.val_from is None, "splits.val_from", self.val_from, "none beside val_fraction")
+
+
+def _is_date(text: str | None) -> bool:
+    try:
+        return text is None or not np.isnat(np.datetime64(text))
+    except ValueError:
+        return False
 
 
 @dataclass(frozen=True)
@@ -61,6 +99,27 @@ class Task:
     units: str = "1"
     model: str = ""
     """Preset of the model that is trained unless another is named."""
+
+    def __post_init__(self) -> None:
+        _need(self.archive in ARCHIVES, "task.archive", self.archive, "one of " + ", ".join(ARCHIVES))
+        for name in ("context", "target"):
+            _need(getattr(self, name) >= 1, f"task.{name}", getattr(self, name), "at least 1 frame")
+        _need(min(self.stride) >= 1, "task.stride", self.stride, "steps of at least 1")
+        step, monthly = self.step_minutes, self.archive == "enso"
+        _need(
+            step is None if monthly else step is not None and step >= 1,
+            "task.step_minutes",
+            step,
+            "none for months, else minutes",
+        )
+        if not self.archive.startswith("sevir"):
+            fraction = self.splits.val_fraction
+            _need(
+                fraction is None, "splits.val_fraction", fraction, f"none: {self.archive} has no random split"
+            )
+        if monthly:
+            dates = (self.splits.val_from, self.splits.test_from)
+            _need(dates == (None, None), "splits", dates, "no dates: ENSO parts by climate model")
 
     @property
     def frames(self) -> int:

@@ -2,6 +2,9 @@
 
 Windows are keys. They are enumerated, split and shuffled without touching a pixel (radar excepted, whose
 tiles are chosen by their rain), and read by whoever needs them.
+
+A batch carries what the archive stores: uint8 (255 is missing) and float32 as they are; packed integers,
+such as radar's, are unpacked to float32 in their units, NaN where missing.
 """
 
 import warnings
@@ -19,6 +22,7 @@ import torch.nn.functional as F
 import xarray as xr
 from torch.utils.data import random_split
 
+from pipelines.archives import UNREADABLE, why
 from pipelines.archives.store import Archive
 from pipelines.errors import InputError
 from pipelines.tasks import Task, Tiles
@@ -49,12 +53,18 @@ def enumerate_windows(task: Task, archive: Archive, split: str) -> list[Window]:
     published so: `Splits.val_fraction`.
 
     Raises:
-        InputError: unknown split; archive of another kind; a split without windows.
+        InputError: unknown split; archive of another kind, or without the task's variable; a split without
+            windows.
     """
     if split not in SPLITS:
         raise InputError(f"split {split!r} is unknown: needed one of {', '.join(SPLITS)}")
     if archive.kind != task.archive:
         raise InputError(f"{archive.url} is a {archive.kind} archive: task {task.name} needs {task.archive}")
+    held = ("rate",) if task.archive == "radar" else tuple(map(str, archive.root.data_vars))
+    if task.variable not in held:
+        raise InputError(
+            f"{archive.url} holds {', '.join(held)}: task {task.name} needs the variable {task.variable}"
+        )
     found = _ENUMERATE[task.archive](task, archive, split)
     if not found:
         raise InputError(
@@ -72,7 +82,10 @@ def epoch_order(windows: Sequence[Window], seed: int, epoch: int) -> list[Window
 def read(task: Task, archive: Archive, windows: Sequence[Window]) -> dict[str, np.ndarray]:
     """Pixels of windows: `context` (B, T_in, H, W, 1) and `target` (B, T_out, H, W, 1).
 
-    SEVIR stays uint8 (255 is missing); ENSO is float32 in K; radar becomes float32 in mm/h (NaN is missing).
+    SEVIR's VIL stays uint8; ENSO is float32 in K, radar float32 in mm/h.
+
+    Raises:
+        InputError: a chunk of the archive is damaged.
     """
     frames = np.stack([_READ[task.archive](task, archive, window) for window in windows])[..., None]
     return {"context": frames[:, : task.context], "target": frames[:, task.context :]}
@@ -98,13 +111,11 @@ def batches(
         batch_size=None,
         batch_format="pyarrow",
         num_cpus=0.25,
-        concurrency=2,
+        concurrency=min(2, len(blocks)),
     )
     for batch in dataset.iter_batches(batch_size=batch_size, prefetch_batches=2):
-        yield {
-            str(name): torch.from_numpy(pixels).to(device, non_blocking=True)
-            for name, pixels in batch.items()
-        }
+        # Copied: Ray's blocks are shared and cannot be written to.
+        yield {str(name): torch.tensor(pixels, device=device) for name, pixels in batch.items()}
 
 
 def to_table(windows: Sequence[Window]) -> pa.Table:
@@ -142,37 +153,86 @@ def read_nino(task: Task, archive: Archive, windows: Sequence[Window]) -> np.nda
 
     Label m is the mean of months m, m+1 and m+2, so that the last two forecast months have none.
     """
-    labels = archive.root["nino34"].values
     row = archive.positions("source")
+    labels = {name: _pixels(archive, "", "nino34", (row[name],)) for name in {w.series for w in windows}}
     months = task.context + np.arange(task.target - 2)
-    return np.stack([labels[row[w.series], w.start + months] for w in windows])
+    return np.stack([labels[w.series][w.start + months] for w in windows])
 
 
 def placement(task: Task, archive: Archive, windows: Sequence[Window]) -> xr.Dataset:
-    """Where the pixels of windows lie: spatial coordinates, and of each window its origin and projection.
+    """Where the pixels of windows lie: two spatial axes, and of each window its origin and projection.
 
-    `y` and `x` (metres) are relative to `y_origin` and `x_origin` of each window, in the projection `proj`.
-    ENSO has `lat` and `lon` (degrees), the same for all windows.
+    `y` and `x` are offsets: a window's pixel lies at (`y_origin` + y, `x_origin` + x) in the window's own
+    projection, `proj`. ENSO has `lat` and `lon` (degrees) instead, the same for all windows.
+
+    Raises:
+        InputError: the windows are of grids with different pixels.
     """
     return _PLACE[task.archive](task, archive, windows)
 
 
 def attributes(task: Task, archive: Archive, key: Window) -> dict[str, Any]:
-    """CF attributes of the task's variable in physical units, as forecasts carry them."""
+    """CF attributes of the task's variable in the units of `read`, as forecasts carry them."""
     stored = archive.group(key.series if task.archive == "radar" else "")[task.variable].attrs
     packing = ("scale_factor", "add_offset", "_FillValue", "grid_mapping")
     return {name: value for name, value in stored.items() if name not in packing}
+
+
+def _pixels(archive: Archive, group: str, variable: str, place: tuple[Any, ...]) -> np.ndarray:
+    """Part of a variable: bytes and floats as stored, packed integers as float32 with NaN for missing."""
+    try:
+        stored = np.asarray(archive.array(group, variable)[place])
+    except UNREADABLE as error:
+        raise InputError(
+            f"{archive.url}, {group}/{variable}".replace(" /", " ")
+            + f", cannot be read: {why(error)}; `earthformer validate` lists what is damaged"
+        ) from error
+    if stored.dtype == np.uint8 or stored.dtype.kind == "f":
+        return stored
+    packing = archive.group(group)[variable].attrs
+    # In double precision, so that 10 counts of 0.01 mm/h reach a threshold of 0.1 mm/h.
+    values = (stored * float(packing.get("scale_factor", 1.0))).astype(np.float32)
+    if "_FillValue" in packing:
+        values[stored == packing["_FillValue"]] = np.nan
+    return values
+
+
+def _origins(y: np.ndarray, x: np.ndarray, proj: Sequence[str]) -> dict[str, Any]:
+    """Coordinates of each window: where its offsets count from."""
+    found: dict[str, Any] = {
+        "proj": ("window", np.array(proj), {"long_name": "PROJ string; empty: latitude and longitude"})
+    }
+    for axis, values, degrees in (
+        ("y", y, {"units": "degrees_north", "standard_name": "latitude"}),
+        ("x", x, {"units": "degrees_east", "standard_name": "longitude"}),
+    ):
+        metres = {"units": "m", "standard_name": f"projection_{axis}_coordinate"}
+        comment = {"comment": f"of offset {axis} = 0, in the window's projection proj"}
+        found[f"{axis}_origin"] = ("window", values, (metres if all(proj) else degrees) | comment)
+    return found
+
+
+def _offsets(axis: str, values: np.ndarray, metres: bool) -> tuple[str, np.ndarray, dict[str, str]]:
+    # No standard name: an offset is no projection coordinate, and no latitude.
+    said = {"units": "m" if metres else "degrees", "long_name": f"offset from the window's {axis[0]}_origin"}
+    return axis, values, said
 
 
 # ---------------------------------------------------------------------------------------------- SEVIR
 
 
 def _sevir_windows(task: Task, archive: Archive, split: str) -> list[Window]:
+    step = np.diff(archive.root["time"].values).min() / np.timedelta64(1, "m")
+    if step != task.step_minutes:
+        raise InputError(
+            f"{archive.url} has a frame every {step:g} min: task {task.name} needs {task.step_minutes} min"
+        )
     times = pd.Series(archive.root["time_utc"].values, index=archive.root["event"].values.astype(str))
     times = times.drop(labels=list(archive.quarantine), errors="ignore").sort_index()
-    start, end = _bounds(task, split)
+    start, end = _bounds(task, archive, split, times.to_numpy())
     if task.splits.val_fraction and split != "test":
-        return _published_random_split(task, archive, times[times <= end], split)
+        test_from, _ = _bounds(task, archive, "test", times.to_numpy())
+        return _published_random_split(task, archive, times[times <= test_from], split)
     chosen = times[(times > start) & (times <= end)]
     return _slide(task, archive, chosen.index, split)
 
@@ -196,8 +256,7 @@ def _slide(task: Task, archive: Archive, events: Iterable[str], split: str) -> l
 
 def _sevir_frames(task: Task, archive: Archive, window: Window) -> np.ndarray:
     event = archive.positions("event")[window.series]
-    stored = archive.array("", task.variable)
-    return np.asarray(stored[event, window.start : window.start + task.frames])
+    return _pixels(archive, "", task.variable, (event, slice(window.start, window.start + task.frames)))
 
 
 def _sevir_times(task: Task, archive: Archive, window: Window) -> np.ndarray:
@@ -207,23 +266,23 @@ def _sevir_times(task: Task, archive: Archive, window: Window) -> np.ndarray:
 
 def _sevir_placement(task: Task, archive: Archive, windows: Sequence[Window]) -> xr.Dataset:
     root, rows = archive.root, [archive.positions("event")[w.series] for w in windows]
-    origin = {
-        name: ("window", root[name].values[rows], root[name].attrs) for name in ("y_origin", "x_origin")
-    }
-    y, x = root[task.variable].dims[-2:]
-    proj = ("window", np.full(len(windows), root["crs"].attrs["proj4"]))
-    return xr.Dataset(coords={y: root[y], x: root[x], **origin, "proj": proj, "crs": root["crs"]})
+    y, x = (str(dim) for dim in root[task.variable].dims[-2:])
+    origins = _origins(
+        root["y_origin"].values[rows], root["x_origin"].values[rows], [root["crs"].attrs["proj4"]] * len(rows)
+    )
+    axes = {dim: _offsets(dim, root[dim].values, metres=True) for dim in (y, x)}
+    return xr.Dataset(coords={**axes, **origins})
 
 
 # ----------------------------------------------------------------------------------------------- ENSO
 
 
 def _enso_windows(task: Task, archive: Archive, split: str) -> list[Window]:
+    # The archive holds the sources in the published order.
     months = dict(
         zip(archive.root["source"].values.astype(str), archive.root["n_months"].values, strict=True)
     )
-    cmip6 = sorted(name for name in months if name.startswith("CMIP6-"))
-    cmip5 = sorted(name for name in months if name.startswith("CMIP5-"))
+    cmip6, cmip5 = ([name for name in months if name.startswith(kind)] for kind in ("CMIP6-", "CMIP5-"))
     sources = {"train": cmip6 + cmip5[:-2], "val": cmip5[-2:-1], "test": cmip5[-1:]}[split]
     stride = task.stride[SPLITS.index(split)]
     return [
@@ -236,8 +295,8 @@ def _enso_windows(task: Task, archive: Archive, split: str) -> list[Window]:
 
 def _enso_frames(task: Task, archive: Archive, window: Window) -> np.ndarray:
     source = archive.positions("source")[window.series]
-    stored = archive.array("", task.variable)
-    return np.asarray(stored[source, window.start : window.start + task.frames, :, ENSO_LONGITUDES])
+    months = slice(window.start, window.start + task.frames)
+    return _pixels(archive, "", task.variable, (source, months, slice(None), ENSO_LONGITUDES))
 
 
 def _enso_times(task: Task, archive: Archive, window: Window) -> np.ndarray:
@@ -254,24 +313,21 @@ def _enso_placement(task: Task, archive: Archive, windows: Sequence[Window]) -> 
 
 
 def _radar_windows(task: Task, archive: Archive, split: str) -> list[Window]:
-    tiles = task.tiles or Tiles()
-    usable = {}
+    tiles, usable = task.tiles or Tiles(), {}
     for name in sorted(archive.root["sequence"].values.astype(str)):
         if name in archive.quarantine:
             continue
-        cadence = _cadence(archive, name)
-        if (task.step_minutes or 0) % cadence:
-            warnings.warn(
-                f"{name} has a frame every {cadence} min, which gives no steps of {task.step_minutes} min: "
-                "it is left out",
-                stacklevel=3,
-            )
-            continue
-        usable[name] = archive.group(name)["time"].values
-    start, end = _bounds(task, split, np.concatenate(list(usable.values())) if usable else None)
+        unfit = _unfit(task, archive, name, tiles)
+        if unfit:
+            warnings.warn(f"{name} {unfit}: it is left out", stacklevel=3)
+        else:
+            usable[name] = archive.group(name)["time"].values
+    if not usable:
+        return []
+    start, end = _bounds(task, archive, split, np.concatenate(list(usable.values())))
     found = []
     for name, times in usable.items():
-        step = (task.step_minutes or 0) // _cadence(archive, name)
+        step = _step(task, archive, name)
         length = (task.frames - 1) * step + 1
         starts = [
             first
@@ -279,101 +335,118 @@ def _radar_windows(task: Task, archive: Archive, split: str) -> list[Window]:
             if times[first] > start and times[first + length - 1] <= end
         ]
         if starts:
-            wet, covered = _tile_fractions(archive.url, name, tiles)
-            for first in starts:
-                seen = slice(first, first + task.context * step, step)
-                good = (wet[seen].mean(0) >= tiles.min_wet) & (
-                    covered[first : first + length : step].mean(0) >= tiles.min_cover
-                )
-                found += [
-                    Window(name, first, (int(i) * tiles.stride, int(j) * tiles.stride))
-                    for i, j in np.argwhere(good)
-                ]
+            wet, covered = _tile_counts(archive, name, task.variable, tiles)
+        for first in starts:
+            seen = wet[first : first + task.context * step : step]
+            whole = covered[first : first + length : step]
+            good = (seen.sum(0) >= tiles.min_wet * len(seen) * tiles.size**2) & (
+                whole.sum(0) >= tiles.min_cover * len(whole) * tiles.size**2
+            )
+            found += [
+                Window(name, first, (int(i) * tiles.stride, int(j) * tiles.stride))
+                for i, j in np.argwhere(good)
+            ]
     return found
 
 
+def _unfit(task: Task, archive: Archive, name: str, tiles: Tiles) -> str | None:
+    """Why a sequence has no windows for this task, if so."""
+    cadence, sizes = _cadence(archive, name), archive.group(name).sizes
+    if (task.step_minutes or 0) % cadence:
+        return f"has a frame every {cadence} min, which gives no steps of {task.step_minutes} min"
+    if min(sizes["y"], sizes["x"]) < tiles.size:
+        return f"is {sizes['y']} × {sizes['x']} pixels, smaller than a tile of {tiles.size} × {tiles.size}"
+    return None
+
+
 @lru_cache(maxsize=64)
-def _tile_fractions(url: str, name: str, tiles: Tiles) -> tuple[np.ndarray, np.ndarray]:
-    """Wet and covered fraction of every tile of every frame, two (T, tiles_y, tiles_x)."""
-    archive = Archive(url)
-    stored = archive.array(name, "rate")
+def _tile_counts(archive: Archive, name: str, variable: str, tiles: Tiles) -> tuple[np.ndarray, np.ndarray]:
+    """Wet and covered pixels of every tile of every frame, two of int64 (T, tiles_y, tiles_x)."""
     wet, covered = [], []
-    for frame in range(stored.shape[0]):
-        rate = _to_rate(archive, name, np.asarray(stored[frame]))
+    for frame in range(archive.group(name).sizes["time"]):
+        rate = _pixels(archive, name, variable, (frame,))
         planes = torch.from_numpy(np.stack([rate >= tiles.wet, np.isfinite(rate)]).astype(np.float32))
-        pooled = F.avg_pool2d(planes[:, None], tiles.size, tiles.stride)[:, 0].numpy()
+        # Sums of ones: whole numbers, far below what float32 can count.
+        pooled = (
+            F.avg_pool2d(planes[:, None], tiles.size, tiles.stride, divisor_override=1)[:, 0].long().numpy()
+        )
         wet.append(pooled[0])
         covered.append(pooled[1])
     return np.stack(wet), np.stack(covered)
 
 
 def _radar_frames(task: Task, archive: Archive, window: Window) -> np.ndarray:
-    step = (task.step_minutes or 0) // _cadence(archive, window.series)
-    size = (task.tiles or Tiles()).size
+    step, size = _step(task, archive, window.series), (task.tiles or Tiles()).size
     y, x = window.tile or (0, 0)
-    stop = window.start + (task.frames - 1) * step + 1
-    stored = archive.array(window.series, "rate")[window.start : stop, y : y + size, x : x + size]
-    return _to_rate(archive, window.series, np.asarray(stored)[::step])
-
-
-def _to_rate(archive: Archive, name: str, stored: np.ndarray) -> np.ndarray:
-    """Stored counts to mm/h, float32, NaN outside the radar's coverage."""
-    attributes = archive.group(name)["rate"].attrs
-    fill = attributes.get("_FillValue")
-    rate = stored.astype(np.float32) * np.float32(attributes.get("scale_factor", 1.0))
-    if fill is not None:
-        rate[stored == fill] = np.nan
-    return rate
+    frames = slice(window.start, window.start + (task.frames - 1) * step + 1, step)
+    place = (frames, slice(y, y + size), slice(x, x + size))
+    return _pixels(archive, window.series, task.variable, place)
 
 
 def _radar_times(task: Task, archive: Archive, window: Window) -> np.ndarray:
-    step = (task.step_minutes or 0) // _cadence(archive, window.series)
+    step = _step(task, archive, window.series)
     times = archive.group(window.series)["time"].values
     return times[window.start : window.start + (task.frames - 1) * step + 1 : step]
 
 
 def _radar_placement(task: Task, archive: Archive, windows: Sequence[Window]) -> xr.Dataset:
     size = (task.tiles or Tiles()).size
-    origins, projections = [], []
-    for window in windows:
-        group, (row, column) = archive.group(window.series), window.tile or (0, 0)
-        origins.append((group["y"].values[row], group["x"].values[column]))
-        projections.append(str(archive.root["proj"].values[archive.positions("sequence")[window.series]]))
-    first = archive.group(windows[0].series)
-    axes = {
-        name: (name, first[name].values[:size] - first[name].values[0], {**first[name].attrs})
-        for name in ("y", "x")
-    }
-    y, x = np.array(origins).T
-    return xr.Dataset(
-        coords={**axes, "y_origin": ("window", y), "x_origin": ("window", x), "proj": ("window", projections)}
+    names, proj = [window.series for window in windows], archive.root["proj"].values
+    axes = {n: (archive.group(n)["y"].values, archive.group(n)["x"].values) for n in dict.fromkeys(names)}
+    offsets = {name: np.stack([axis[:size] - axis[0] for axis in both]) for name, both in axes.items()}
+    first = next(iter(offsets))
+    for name, other in offsets.items():
+        # Producers round: up to half a pixel over a whole tile is no difference.
+        if (
+            np.abs(other - offsets[first]).max(1) > np.abs(offsets[first][:, -1]) / max(1, size - 1) / 2
+        ).any():
+            raise InputError(
+                f"{archive.url}: pixels of {name} are {other[0, 1]:g} × {other[1, 1]:g} apart, those of "
+                f"{first} {offsets[first][0, 1]:g} × {offsets[first][1, 1]:g}: needed one pixel size"
+            )
+    corners = [(window.series, *(window.tile or (0, 0))) for window in windows]
+    projections = [str(proj[archive.positions("sequence")[name]]) for name in names]
+    origins = _origins(
+        np.array([axes[name][0][row] for name, row, _ in corners]),
+        np.array([axes[name][1][column] for name, _, column in corners]),
+        projections,
     )
+    y, x = offsets[first]
+    metres = bool(projections[0])
+    return xr.Dataset(coords={"y": _offsets("y", y, metres), "x": _offsets("x", x, metres), **origins})
 
 
 def _cadence(archive: Archive, name: str) -> int:
     return int(archive.root["cadence_minutes"].values[archive.positions("sequence")[name]])
 
 
+def _step(task: Task, archive: Archive, name: str) -> int:
+    """Frames of a sequence from one step of the task to the next."""
+    return (task.step_minutes or 0) // _cadence(archive, name)
+
+
 # --------------------------------------------------------------------------------------------- common
 
 
-def _bounds(task: Task, split: str, times: np.ndarray | None = None) -> tuple[np.datetime64, np.datetime64]:
+def _bounds(
+    task: Task, archive: Archive, split: str, times: np.ndarray
+) -> tuple[np.datetime64, np.datetime64]:
     """Instants between which a split lies, the first exclusive and the last inclusive."""
     never, always = np.datetime64("1678-01-01", "ns"), np.datetime64("2261-12-31", "ns")
     val_from, test_from = task.splits.val_from, task.splits.test_from
-    if not (val_from or test_from) and times is not None:
+    if val_from or test_from:
+        test = np.datetime64(test_from, "ns") if test_from else always
+        val = np.datetime64(val_from, "ns") if val_from else test
+    else:
         days = np.unique(times.astype("datetime64[D]"))
         if len(days) < 3:
             raise InputError(
-                f"the archive holds {len(days)} date(s) that task {task.name} can use: needed 3, to hold "
+                f"{archive.url} holds {len(days)} date(s) that task {task.name} can use: needed 3, to hold "
                 "one out for validation and one for the test, or splits.val_from and splits.test_from"
             )
         # The split's first instant is exclusive: step back to take midnight in.
         before = np.timedelta64(1, "ns")
         val, test = (day.astype("datetime64[ns]") - before for day in days[-2:])
-    else:
-        test = np.datetime64(test_from, "ns") if test_from else always
-        val = np.datetime64(val_from, "ns") if val_from else test
     return {"train": (never, val), "val": (val, test), "test": (test, always)}[split]
 
 

@@ -5,22 +5,28 @@ The archive is (source, month, lat, lon), one source a climate model, NaN beyond
 gridded SST observation (ERSST and the like) in the folder becomes a source of anomalies on the same grid.
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import dask.array
-import fsspec
 import numpy as np
 import xarray as xr
 
-from pipelines.archives import Bad, Plan, Region, local_copy
+from pipelines.archives import UNREADABLE, Bad, BrokenFile, Plan, Region, filesystem, open_netcdf, why
 from pipelines.errors import InputError
 
 LAT = np.arange(-55.0, 61.0, 5.0)
 LON = np.arange(0.0, 360.0, 5.0)
+STEP = 5.0
 PUBLISHED = {"cmip6_models": 15, "cmip6_years": 151, "cmip5_models": 17, "cmip5_years": 140}
 """Models and rows a model of `CMIP_train.nc`, unless its attributes give others."""
+LARGEST = 25.0
+"""No anomaly in K reaches this (the published ones stay within -16.6 and 10.2); temperatures do."""
+LEAST_MONTHS = 36
+"""Of an observation, whose anomalies are of its own mean year."""
+TEMPERATURE = re.compile(r"k|kelvin|(deg(ree)?s?[ _]?)?c(elsius)?", re.IGNORECASE)
 
 
 def unfold(rows: np.ndarray) -> np.ndarray:
@@ -35,58 +41,78 @@ def series_months(rows: int) -> int:
     return 36 * -(-rows // 3) + 12 * ((rows - 1) % 3)
 
 
+# ----------------------------------------------------------------------------------------------- plan
+
+
 def plan(source: str) -> Plan:
     """What preparing an ENSO archive would read and write.
 
     Args:
         source: folder with `CMIP_train.nc` and `CMIP_label.nc`, and/or `SODA_train.nc` and `SODA_label.nc`,
-            and/or NetCDF files of monthly SST on a regular grid.
+            and/or NetCDF files of monthly SST on a regular grid; or one such SST file.
 
     Raises:
-        InputError: none of these is there, one cannot be read, or its shape is another.
+        InputError: none of these is there, one of the first four cannot be read, or its shape is another.
     """
-    fs, path = fsspec.core.url_to_fs(source)
-    if not fs.exists(path):
-        raise InputError(f"{source} is absent: needed the folder of CMIP_train.nc, CMIP_label.nc, SODA_…")
-    names = {n.rpartition("/")[2] for n in fs.ls(path, detail=False)}
+    folder, names = _names(source)
     shards: list[EnsoShard] = []
     if "CMIP_train.nc" in names:
-        shards += _cmip(source, names)
+        shards += _cmip(folder, names)
     if "SODA_train.nc" in names:
-        _needs(source, names, "SODA_label.nc")
-        rows = _rows(f"{source}/SODA_train.nc")[0]
-        shards.append(EnsoShard(source, "SODA", "SODA", (0, rows), series_months(rows), len(shards)))
+        rows, _ = _rows(folder, "SODA", names)
+        shards.append(EnsoShard(folder, "SODA", "SODA", (0, rows), series_months(rows), len(shards), ""))
     known = {f"{kind}_{part}.nc" for kind in ("CMIP", "SODA") for part in ("train", "label")}
-    for name in sorted(n for n in names - known if n.endswith((".nc", ".nc4"))):
-        months = _observed_months(f"{source}/{name}")
-        if months:
-            shards.append(EnsoShard(source, name.rpartition(".")[0], name, (0, 0), months, len(shards)))
+    broken = []
+    for name in sorted(n for n in names - known if n.endswith((".nc", ".nc4")) and not n.startswith(".")):
+        try:
+            with open_netcdf(f"{folder}/{name}") as data:
+                months, first = _calendar(_sst(data))
+        except UNREADABLE as error:
+            broken.append(BrokenFile(name, why(error)))
+            continue
+        stem = name.rpartition(".")[0]
+        shards.append(EnsoShard(folder, stem, name, (0, 0), months, len(shards), first))
     if not shards:
+        found = f" ({broken[0].file}: {broken[0].reason})" if broken else ""
         raise InputError(
-            f"{source} has no CMIP_train.nc, SODA_train.nc or monthly SST grid: needed one of them"
+            f"{source} has no CMIP_train.nc, SODA_train.nc or monthly SST grid{found}: needed one of them"
         )
     longest = max(s.months for s in shards)
-    stored = len(shards) * longest * len(LAT) * len(LON) * 4
+    cells = len(LAT) * len(LON)
     return Plan(
         kind="enso",
         groups={"": _template(shards, longest)},
-        config={"kind": "enso", "sources": [[s.name, s.file, list(s.rows), s.months] for s in shards]},
-        shards=tuple(shards),
-        series=len(shards),
+        config={
+            "kind": "enso",
+            "sources": [[s.name, s.file, list(s.rows), s.months, s.first] for s in shards],
+            "broken": [one.file for one in broken],
+        },
+        shards=(*shards, *broken),
+        series=len(shards) + len(broken),
         frames=sum(s.months for s in shards),
-        stored_bytes=stored,
-        decoded_bytes=stored,
+        stored_bytes=len(shards) * longest * cells * 4,
+        decoded_bytes=sum(s.months for s in shards) * cells * 4,
     )
 
 
-def _cmip(source: str, names: set[str]) -> list["EnsoShard"]:
-    _needs(source, names, "CMIP_label.nc")
-    total, attrs = _rows(f"{source}/CMIP_train.nc")
+def _names(source: str) -> tuple[str, set[str]]:
+    """The folder and the names of its files; of one file, its folder and its own name."""
+    fs, path = filesystem(source)
+    if not fs.exists(path):
+        raise InputError(f"{source} is absent: needed the folder of CMIP_train.nc, CMIP_label.nc, SODA_…")
+    if fs.isfile(path):
+        folder, _, name = source.rpartition("/")
+        return folder or ".", {name}
+    return source.rstrip("/"), {n.rstrip("/").rpartition("/")[2] for n in fs.ls(path, detail=False)}
+
+
+def _cmip(folder: str, names: set[str]) -> list["EnsoShard"]:
+    total, attrs = _rows(folder, "CMIP", names)
     counts = {key: int(attrs.get(key, value)) for key, value in PUBLISHED.items()}
     six, five = (counts[f"cmip{k}_models"] * counts[f"cmip{k}_years"] for k in (6, 5))
     if total != six + five:
         raise InputError(
-            f"{source}/CMIP_train.nc has {total} rows: needed {six + five} "
+            f"{folder}/CMIP_train.nc has {total} rows: needed {six + five} "
             f"({counts['cmip6_models']} × {counts['cmip6_years']} of CMIP6, then "
             f"{counts['cmip5_models']} × {counts['cmip5_years']} of CMIP5)"
         )
@@ -96,128 +122,171 @@ def _cmip(source: str, names: set[str]) -> list["EnsoShard"]:
         for model in range(counts[f"cmip{kind}_models"]):
             first = offset + model * years
             name = f"CMIP{kind}-{model:02d}"
-            shards.append(
-                EnsoShard(source, name, "CMIP", (first, first + years), series_months(years), len(shards))
-            )
+            rows, months = (first, first + years), series_months(years)
+            shards.append(EnsoShard(folder, name, "CMIP", rows, months, len(shards), ""))
     # In the order of the published loader: CMIP6 first, model after model.
     return shards
+
+
+def _rows(folder: str, kind: str, names: set[str]) -> tuple[int, dict[str, Any]]:
+    """Rows of `CMIP_train.nc` or `SODA_train.nc`, whose labels fit, and its attributes."""
+    shapes = {}
+    attrs: dict[str, Any] = {}
+    for part, variable in (("train", "sst"), ("label", "nino")):
+        name = f"{kind}_{part}.nc"
+        if name not in names:
+            raise InputError(f"{folder}/{name} is absent: needed beside {kind}_train.nc")
+        try:
+            with open_netcdf(f"{folder}/{name}") as data:
+                shapes[part] = _row_variable(data, variable).shape
+                attrs |= data.attrs if part == "train" else {}
+        except UNREADABLE as error:
+            raise InputError(f"{folder}/{name} cannot be read: {why(error)}") from error
+    rows = shapes["train"][0]
+    if shapes["label"][0] != rows:
+        raise InputError(f"{folder}/{kind}_label.nc has {shapes['label'][0]} rows: needed {rows}")
+    return rows, attrs
+
+
+def _row_variable(data: xr.Dataset, name: str) -> xr.DataArray:
+    """`sst` (year, 36, 24, 72) or `nino` (year, 36) on the grid of ICAR-ENSO."""
+    if name not in data:
+        raise KeyError(f"no variable {name}, found {', '.join(map(str, data.data_vars))}")
+    found = data[name]
+    needed = (36, len(LAT), len(LON)) if name == "sst" else (36,)
+    if found.shape[1:] != needed or found.ndim != len(needed) + 1 or not len(found):
+        raise ValueError(f"{name} has shape {found.shape}: needed (year, {', '.join(map(str, needed))})")
+    for axis, values in zip(found.dims[2:], (LAT, LON), strict=False):
+        if axis in found.coords and not np.allclose(found[axis], values):
+            at = found[axis].values
+            raise ValueError(f"{axis} runs {at[0]:g} to {at[-1]:g}: needed {values[0]:g} to {values[-1]:g}")
+    return found
+
+
+# --------------------------------------------------------------------------------------------- decode
 
 
 @dataclass(frozen=True)
 class EnsoShard:
     """One source."""
 
-    source: str
+    folder: str
     name: str
     file: str
     """`CMIP` or `SODA`, or the name of an observation file."""
     rows: tuple[int, int]
     months: int
     position: int
+    first: str
+    """First month of an observation, YYYY-MM; empty for model years, which have no date."""
 
     def decode(self) -> tuple[list[Region], list[Bad]]:
         """The source's SST anomalies and labels, filled to the longest source by the template."""
         region = {"source": slice(self.position, self.position + 1), "month": slice(0, self.months)}
+        bad = []
         try:
             sst, nino = self._read()
-        except (OSError, KeyError, ValueError) as error:
+            if len(sst) != self.months:
+                raise ValueError(f"holds {len(sst)} months: needed {self.months}, as when it was planned")
+        except UNREADABLE as error:
             shape = (self.months, len(LAT), len(LON))
             sst, nino = np.full(shape, np.nan, np.float32), np.full(self.months, np.nan, np.float32)
-            bad = [Bad(self.name, self.file, " ".join(str(error).split()))]
-            return [Region("", region, {"sst": sst[None], "nino34": nino[None]})], bad
-        return [Region("", region, {"sst": sst[None], "nino34": nino[None]})], []
+            file = f"{self.file}_train.nc" if self.file in ("CMIP", "SODA") else self.file
+            bad = [Bad(self.name, file, why(error))]
+        return [Region("", region, {"sst": sst[None], "nino34": nino[None]})], bad
 
     def _read(self) -> tuple[np.ndarray, np.ndarray]:
         if self.file not in ("CMIP", "SODA"):
-            return observed(f"{self.source}/{self.file}")
-        rows = slice(*self.rows)
-        with local_copy(f"{self.source}/{self.file}_train.nc") as path, xr.open_dataset(path) as data:
-            sst = unfold(data["sst"][rows].values.astype(np.float32))
-        with local_copy(f"{self.source}/{self.file}_label.nc") as path, xr.open_dataset(path) as data:
-            nino = unfold(data["nino"][rows].values.astype(np.float32))
-        if sst.shape != (self.months, len(LAT), len(LON)) or nino.shape != (self.months,):
-            raise ValueError(f"unfolds to {sst.shape} and labels {nino.shape}: needed {self.months} months")
+            return observed(f"{self.folder}/{self.file}")
+        first, last = self.rows
+        with open_netcdf(f"{self.folder}/{self.file}_train.nc") as data:
+            sst = unfold(_row_variable(data, "sst")[first:last].values.astype(np.float32))
+        with open_netcdf(f"{self.folder}/{self.file}_label.nc") as data:
+            nino = unfold(_row_variable(data, "nino")[first:last].values.astype(np.float32))
         # Land is 0 in some copies and NaN in others; the published loader takes NaN as 0.
-        return np.nan_to_num(sst), nino
+        sst = np.where(np.isnan(sst), np.float32(0), sst)
+        if np.abs(sst).max() > LARGEST:
+            raise ValueError(f"sst reaches {sst.flat[np.abs(sst).argmax()]:g}: needed anomalies in K")
+        if not np.isfinite(nino).all():
+            month = np.isfinite(nino).argmin()
+            raise ValueError(f"the label of month {month} in {self.file}_label.nc is missing")
+        return sst, nino
 
 
 def observed(url: str) -> tuple[np.ndarray, np.ndarray]:
     """Monthly SST on a regular grid to anomalies (month, 24, 72) in K and the Niño3.4 label (month,).
 
-    Anomalies are of each calendar month's mean over the file. Cells of 5° hold the cos(latitude)-weighted
-    mean of the ocean pixels whose centres they contain; land is 0, as in ICAR-ENSO. The label is the
-    three-month running mean (months m, m+1, m+2) of Niño3.4 from the file's own grid.
+    Anomalies are of each calendar month's mean over the file. Cells of 5° hold the area-weighted mean of
+    their ocean; those that are mostly land are 0, as in ICAR-ENSO. The label is the three-month running
+    mean (months m, m+1, m+2) of Niño3.4 (5°S-5°N, 170-120°W) on the file's own grid, NaN for the last two.
 
     Raises:
-        ValueError: no SST on (time, lat, lon), or not in °C or K.
+        ValueError: no monthly SST on (time, lat, lon), or not in °C or K.
     """
-    with local_copy(url) as path, xr.open_dataset(path) as data:
-        sst = data["sst"].transpose("time", "lat", "lon").load()
-    if str(sst.attrs.get("units", "")).lower() not in (
-        "degc",
-        "celsius",
-        "degree_c",
-        "k",
-        "kelvin",
-        "degrees_c",
-    ):
-        raise ValueError(f"sst has units {sst.attrs.get('units')!r}: needed degC or K")
+    with open_netcdf(url) as data:
+        sst = _sst(data).load()
     anomaly = sst.groupby("time.month") - sst.groupby("time.month").mean()
-    anomaly = anomaly.assign_coords(lon=anomaly["lon"] % 360).sortby(["lat", "lon"])
-    weight = _area(anomaly)
-    box = anomaly.sel(lat=slice(-5, 5), lon=slice(190, 240)).weighted(weight).mean(("lat", "lon")).values
+    cells = _area_mean(anomaly, LAT, LON, STEP / 2, STEP / 2)
+    box = _area_mean(anomaly, np.array([0.0]), np.array([215.0]), 5.0, 25.0)[:, 0, 0]
+    if np.isnan(box).any():
+        raise ValueError(f"month {np.isnan(box).argmax()} has no value in Niño3.4, 5°S-5°N and 170-120°W")
     nino = np.full(len(box), np.nan, np.float32)
     nino[:-2] = np.convolve(box, np.ones(3) / 3, mode="valid")
-    return _regrid(anomaly, weight), nino
+    return np.nan_to_num(cells).astype(np.float32), nino
 
 
-def _area(field: xr.DataArray) -> xr.DataArray:
-    """Area of a pixel, up to a factor, for each latitude."""
-    return xr.apply_ufunc(np.cos, np.deg2rad(field["lat"]))
+def _sst(data: xr.Dataset) -> xr.DataArray:
+    """The file's monthly SST (time, lat, lon), not loaded."""
+    if "sst" not in data:
+        raise KeyError(f"no variable sst, found {', '.join(map(str, data.data_vars))}")
+    sst = data["sst"].rename({k: v for k, v in (("latitude", "lat"), ("longitude", "lon")) if k in data})
+    single = [d for d in sst.dims if d not in ("time", "lat", "lon") and sst.sizes[d] == 1]
+    sst = sst.squeeze(single, drop=True)
+    if set(sst.dims) != {"time", "lat", "lon"} or min(sst.sizes.values()) < 2:
+        raise ValueError(f"sst has dimensions {dict(sst.sizes)}: needed time, lat and lon")
+    if not TEMPERATURE.fullmatch(str(sst.attrs.get("units", ""))):
+        raise ValueError(f"sst has units {sst.attrs.get('units')!r}: needed degC or K")
+    for axis in ("lat", "lon"):
+        steps = np.diff(sst[axis].values)
+        if axis not in sst.coords or not np.allclose(steps, steps[0], rtol=1e-3) or not steps[0]:
+            raise ValueError(f"{axis} has no equally spaced coordinate: needed a regular grid in degrees")
+    _calendar(sst)
+    return sst.transpose("time", "lat", "lon")
 
 
-def _regrid(anomaly: xr.DataArray, weight: xr.DataArray) -> np.ndarray:
-    row = np.rint((anomaly["lat"].values - LAT[0]) / 5).astype(int)
-    column = np.rint(anomaly["lon"].values / 5).astype(int) % len(LON)
-    inside = (row >= 0) & (row < len(LAT))
-    target = (row[inside, None] * len(LON) + column[None]).ravel()
-    values = anomaly.values[:, inside].reshape(len(anomaly), -1)
-    area = np.repeat(weight.values[inside], anomaly.sizes["lon"])
-    weights = np.where(np.isfinite(values), area, 0.0)
-    cells = len(LAT) * len(LON)
-    summed = np.stack(
-        [np.bincount(target, np.nan_to_num(v) * w, cells) for v, w in zip(values, weights, strict=True)]
-    )
-    total = np.stack([np.bincount(target, w, cells) for w in weights])
-    mean = np.divide(summed, total, out=np.zeros_like(summed), where=total > 0)
-    return mean.reshape(-1, len(LAT), len(LON)).astype(np.float32)
+def _calendar(sst: xr.DataArray) -> tuple[int, str]:
+    """How many months, and the first one as YYYY-MM."""
+    time = sst["time"]
+    if not hasattr(time, "dt"):
+        raise ValueError(f"time is {time.dtype}: needed dates")
+    months = (12 * time.dt.year + time.dt.month - 1).values
+    names = [f"{month // 12:04d}-{month % 12 + 1:02d}" for month in months]
+    jumps = np.flatnonzero(np.diff(months) != 1)
+    if len(jumps):
+        before, after = names[jumps[0] : jumps[0] + 2]
+        raise ValueError(f"time goes from {before} to {after}: needed successive months")
+    if len(names) < LEAST_MONTHS:
+        raise ValueError(f"time spans {len(names)} months: needed {LEAST_MONTHS} for a mean year")
+    return len(names), names[0]
 
 
-def _needs(source: str, names: set[str], name: str) -> None:
-    if name not in names:
-        raise InputError(f"{source}/{name} is absent: needed beside {name.replace('label', 'train')}")
+def _area_mean(
+    field: xr.DataArray, lat: np.ndarray, lon: np.ndarray, half_height: float, half_width: float
+) -> np.ndarray:
+    """Mean of a field (time, lat, lon) over boxes around `lat` × `lon`; NaN where half a box has no value."""
+    rows = _overlap(field["lat"].values, lat, half_height) * np.cos(np.deg2rad(field["lat"].values))
+    columns = _overlap(field["lon"].values, lon, half_width).T
+    valid = np.isfinite(field.values)
+    area, whole = (rows @ part @ columns for part in (valid, np.ones_like(valid)))
+    total = rows @ np.where(valid, field.values, 0.0) @ columns
+    return np.divide(total, area, out=np.full_like(total, np.nan), where=area > whole / 2)
 
 
-def _rows(url: str) -> tuple[int, dict[str, Any]]:
-    try:
-        with local_copy(url) as path, xr.open_dataset(path) as data:
-            sst = data["sst"]
-            shape = sst.shape
-            attrs = dict(data.attrs)
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError(
-            f"{url} is not readable as NetCDF with sst: {' '.join(str(error).split())}"
-        ) from error
-    if sst.ndim != 4 or shape[1:] != (36, len(LAT), len(LON)):
-        raise InputError(f"{url}: sst has shape {shape}: needed (year, 36, {len(LAT)}, {len(LON)})")
-    return shape[0], attrs
-
-
-def _observed_months(url: str) -> int:
-    with local_copy(url) as path, xr.open_dataset(path) as data:
-        if "sst" not in data or not {"time", "lat", "lon"} <= set(data["sst"].dims):
-            return 0
-        return int(data.sizes["time"])
+def _overlap(pixels: np.ndarray, boxes: np.ndarray, half: float) -> np.ndarray:
+    """Degrees of each pixel that lie within each box, (box, pixel), around the globe."""
+    pixel = abs(pixels[1] - pixels[0]) / 2
+    apart = (pixels[None].astype(float) - boxes[:, None] + 180) % 360 - 180
+    return np.clip(np.minimum(apart + pixel, half) - np.maximum(apart - pixel, -half), 0, None)
 
 
 def _template(shards: Sequence[EnsoShard], longest: int) -> xr.Dataset:
@@ -255,7 +324,12 @@ def _template(shards: Sequence[EnsoShard], longest: int) -> xr.Dataset:
                 np.array([s.months for s in shards]),
                 {"long_name": "months of the source"},
             ),
-            "month": ("month", np.arange(longest), {"long_name": "months since the source's first January"}),
+            "first_month": (
+                "source",
+                np.array([s.first for s in shards]),
+                {"long_name": "first month of an analysis; model years have no date"},
+            ),
+            "month": ("month", np.arange(longest), {"long_name": "months since the source's first"}),
             "lat": ("lat", LAT, {"units": "degrees_north", "standard_name": "latitude"}),
             "lon": ("lon", LON, {"units": "degrees_east", "standard_name": "longitude"}),
         },

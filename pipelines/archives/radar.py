@@ -11,22 +11,41 @@ from dataclasses import dataclass
 from typing import Any
 
 import dask.array
-import fsspec
 import h5py
 import numpy as np
 import pandas as pd
 import pyproj
 import xarray as xr
 
-from pipelines.archives import Bad, Plan, Region, local_copy
+from pipelines.archives import (
+    HDF5,
+    UNREADABLE,
+    Bad,
+    BrokenFile,
+    Plan,
+    Region,
+    filesystem,
+    first_bytes,
+    open_netcdf,
+    readable,
+    why,
+)
+from pipelines.archives.cf import axes_of, grid_of, in_metres
 from pipelines.errors import InputError
 
 FILL = 65535
 SCALE = 0.01
 """mm/h of one stored count."""
+HIGHEST = 3000.0
+"""mm/h. No rain is heavier: such a value is a missing one that the file does not declare."""
 CHUNK = 256
+SUFFIXES = (".h5", ".hdf5", ".nc", ".nc4", ".zarr")
 RATE_NAMES = ("rate", "rainfall_rate", "precipitation_rate", "precipitation_flux", "tprate", "rr", "RAINRATE")
-PER_HOUR = {"mm/h": 1.0, "mm h-1": 1.0, "mm hr-1": 1.0, "mm/hr": 1.0, "kg m-2 s-1": 3600.0, "mm s-1": 3600.0}
+PER_HOUR = {
+    **dict.fromkeys(("mm/h", "mm h-1", "mm hr-1", "mm/hr", "mm/hour", "kg m-2 h-1"), 1.0),
+    **dict.fromkeys(("kg m-2 s-1", "mm s-1", "mm/s", "kg/m2/s"), 3600.0),
+    **dict.fromkeys(("m s-1", "m/s"), 3.6e6),
+}
 
 
 @dataclass(frozen=True)
@@ -56,48 +75,71 @@ def plan(source: str, *, variable: str | None = None, shard_mb: int = 128) -> Pl
     Raises:
         InputError: nothing to read, or no file that can be read (the first one's reason is given).
     """
-    sequences, broken = [], []
+    sequences: dict[str, Sequence] = {}
+    broken = []
     for url in _files(source):
         try:
-            sequences.append(_describe(url, variable))
-        except (OSError, KeyError, ValueError, InputError) as error:
-            broken.append(BrokenFile(url.rstrip("/").rpartition("/")[2], " ".join(str(error).split())))
+            one = _describe(url, variable)
+            if one.name in sequences:
+                raise ValueError(f"sequence {one.name} is in {_file(sequences[one.name].url)} already")
+            sequences[one.name] = one
+        except UNREADABLE as error:
+            broken.append(BrokenFile(_file(url), why(error)))
     if not sequences:
-        raise InputError(
-            f"{source}: {broken[0].file} cannot be read as a radar sequence: {broken[0].reason}"
-        )
-    sequences.sort(key=lambda s: s.name)
-    shards: list[RadarShard | BrokenFile] = [*broken]
-    groups: dict[str, xr.Dataset] = {"": _root(sequences)}
-    frames = 0
-    for sequence in sequences:
-        height, width = len(sequence.y), len(sequence.x)
-        each = max(1, min(len(sequence.times), shard_mb * 1_000_000 // (2 * height * width)))
-        groups[sequence.name] = _template(sequence, each)
-        frames += len(sequence.times)
-        for first in range(0, len(sequence.times), each):
-            last = min(first + each, len(sequence.times))
-            shards.append(
-                RadarShard(sequence.name, sequence.url, sequence.variable, first, last, (height, width))
-            )
-    stored = sum(2 * len(s.times) * len(s.y) * len(s.x) for s in sequences)
+        raise InputError(f"{source}: {broken[0].file} cannot be read as a radar sequence: {broken[0].reason}")
+    found = [sequences[name] for name in sorted(sequences)]
+    each = {s.name: _frames_each(s, shard_mb) for s in found}
+    stored = sum(2 * len(s.times) * len(s.y) * len(s.x) for s in found)
     return Plan(
         kind="radar",
-        groups=groups,
+        groups={"": _root(found), **{s.name: _template(s, each[s.name]) for s in found}},
         config={
             "kind": "radar",
             "sequences": [
-                [s.name, len(s.times), str(s.times[0]), len(s.y), len(s.x), s.proj] for s in sequences
+                [s.name, s.variable, len(s.times), str(s.times[0]), s.cadence, len(s.y), len(s.x), s.proj]
+                for s in found
             ],
             "broken": [one.file for one in broken],
-            "shards": len(shards),
+            "shard_frames": each,
         },
-        shards=tuple(shards),
-        series=len(sequences) + len(broken),
-        frames=frames,
+        shards=(
+            *(
+                RadarShard(
+                    s.name, s.url, s.variable, i, min(i + each[s.name], len(s.times)), (len(s.y), len(s.x))
+                )
+                for s in found
+                for i in range(0, len(s.times), each[s.name])
+            ),
+            *broken,
+        ),
+        series=len(found) + len(broken),
+        frames=sum(len(s.times) for s in found),
         stored_bytes=stored,
         decoded_bytes=stored,
     )
+
+
+def _frames_each(sequence: Sequence, shard_mb: int) -> int:
+    return max(1, min(len(sequence.times), shard_mb * 1_000_000 // (2 * len(sequence.y) * len(sequence.x))))
+
+
+def _file(url: str) -> str:
+    return url.rstrip("/").rpartition("/")[2]
+
+
+def _files(source: str) -> list[str]:
+    fs, path = filesystem(source)
+    if not fs.exists(path):
+        raise InputError(
+            f"{source} is absent: needed a folder of radar files (HDF5, NetCDF or Zarr), or one of them"
+        )
+    if fs.isfile(path) or any(fs.exists(f"{path}/{name}") for name in ("zarr.json", ".zgroup")):
+        return [source.rstrip("/")]
+    names = sorted(name.rstrip("/") for name in fs.ls(path, detail=False))
+    names = [name for name in names if name.endswith(SUFFIXES) and not _file(name).startswith(".")]
+    if not names:
+        raise InputError(f"{source} holds no {', '.join(SUFFIXES)}: needed radar sequences")
+    return [fs.unstrip_protocol(name) if "://" in source else name for name in names]
 
 
 @dataclass(frozen=True)
@@ -114,80 +156,70 @@ class RadarShard:
     def decode(self) -> tuple[list[Region], list[Bad]]:
         """Read the frames as counts of 0.01 mm/h; unreadable ones are filled with the missing value."""
         region = {"time": slice(self.first, self.last)}
-        file_name = self.url.rpartition("/")[2]
+        shape = (self.last - self.first, *self.grid)
+        bad = []
         try:
             with _opened(self.url) as (kind, handle):
-                rate = (
-                    _ours_counts(handle, self.first, self.last)
-                    if kind == "ours"
-                    else _cf_counts(handle[self.variable][self.first : self.last])
+                read = _ours_counts if kind == "ours" else _cf_counts
+                rate = read(handle[self.variable], self.first, self.last)
+            if rate.shape != shape:
+                raise ValueError(
+                    f"frames {self.first} to {self.last} have shape {rate.shape}: needed {shape}"
                 )
-            if rate.shape[1:] != self.grid:
-                raise ValueError(f"frames of {rate.shape[1:]}: needed {self.grid}")
-        except (OSError, KeyError, ValueError, InputError) as error:
-            rate = np.full((self.last - self.first, *self.grid), FILL, np.uint16)
-            reason = " ".join(str(error).split())
-            return [Region(self.name, region, {"rate": rate})], [Bad(self.name, file_name, reason)]
-        return [Region(self.name, region, {"rate": rate})], []
-
-
-@dataclass(frozen=True)
-class BrokenFile:
-    """A file whose metadata cannot be read: it has no group, only a line in the quarantine."""
-
-    file: str
-    reason: str
-
-    def decode(self) -> tuple[list[Region], list[Bad]]:
-        """Nothing to write."""
-        return [], [Bad(self.file, self.file, self.reason)]
-
-
-def _files(source: str) -> list[str]:
-    fs, path = fsspec.core.url_to_fs(source)
-    if not fs.exists(path):
-        raise InputError(
-            f"{source} is absent: needed a folder of radar files (HDF5, NetCDF or Zarr), or one of them"
-        )
-    if fs.isfile(path) or fs.exists(f"{path}/zarr.json") or fs.exists(f"{path}/.zgroup"):
-        return [source]
-    names = [
-        n for n in sorted(fs.ls(path, detail=False)) if n.endswith((".h5", ".hdf5", ".nc", ".nc4", ".zarr"))
-    ]
-    if not names:
-        raise InputError(f"{source} holds no .h5, .nc or .zarr: needed radar sequences")
-    return [fs.unstrip_protocol(name) if "://" in source else name for name in names]
+        except UNREADABLE as error:
+            rate = np.full(shape, FILL, np.uint16)
+            bad = [Bad(self.name, _file(self.url), why(error))]
+        return [Region(self.name, region, {"rate": rate})], bad
 
 
 @contextmanager
 def _opened(url: str) -> Iterator[tuple[str, Any]]:
     """("ours", h5py.File) or ("cf", Dataset)."""
-    fs, path = fsspec.core.url_to_fs(url)
+    fs, path = filesystem(url)
     if fs.isdir(path):
-        with xr.open_zarr(url) as dataset:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Failed to open Zarr store with consolidated metadata")
+            dataset = xr.open_zarr(url, chunks=None)
+        with dataset:
             yield "cf", dataset
         return
-    with local_copy(url) as local:
-        if h5py.is_hdf5(local):
-            with h5py.File(local, "r") as file:
+    with readable(url) as opened:
+        if first_bytes(opened) == HDF5:
+            with h5py.File(opened, "r") as file:
                 if "rate" in file and "time_utc" in file:
                     yield "ours", file
                     return
-        with xr.open_dataset(local) as dataset:
-            yield "cf", dataset
+    with open_netcdf(url) as dataset:
+        yield "cf", dataset
 
 
 def _describe(url: str, variable: str | None) -> Sequence:
-    name = url.rstrip("/").rpartition("/")[2].rpartition(".")[0]
+    name = _file(url)
+    for suffix in SUFFIXES:
+        name = name.removesuffix(suffix)
+    # These would lie where the root's own table lies.
+    name += "_" if name in ("records", *_COLUMNS) else ""
     with _opened(url) as (kind, handle):
         return _ours(name, url, handle) if kind == "ours" else _cf(name, url, handle, variable)
 
 
 def _cadence(times: np.ndarray) -> int:
-    steps = np.unique(np.diff(times).astype("timedelta64[s]").astype(int))
-    if len(steps) != 1 or steps[0] % 60:
-        raise ValueError(f"frames are {steps[:4].tolist()} s apart: needed equal steps of whole minutes")
-    return int(steps[0]) // 60
+    if len(times) < 2 or np.isnat(times).any():
+        raise ValueError(
+            f"holds {len(times)} frames, {np.isnat(times).sum()} without time: needed a sequence"
+        )
+    steps = np.diff(times) / np.timedelta64(1, "s")
+    values, counts = np.unique(steps, return_counts=True)
+    usual = values[counts.argmax()]
+    odd = np.flatnonzero(steps != usual)
+    if len(odd):
+        raise ValueError(
+            f"frames are {usual:g} s apart, but {steps[odd[0]]:g} s after "
+            f"{times[odd[0]].astype('datetime64[s]')}: needed equal steps"
+        )
+    if usual <= 0 or usual % 60:
+        raise ValueError(f"frames are {usual:g} s apart: needed whole minutes, forwards")
+    return int(usual) // 60
 
 
 # --------------------------------------------------------------------------------- the HDF5 layout
@@ -195,103 +227,108 @@ def _cadence(times: np.ndarray) -> int:
 
 def _ours(name: str, url: str, file: h5py.File) -> Sequence:
     rate = file["rate"]
-    if rate.ndim != 3:
-        raise ValueError(f"rate is {rate.ndim}-D: needed (time, y, x)")
-    units = rate.attrs.get("units", "")
-    if units not in ("mm/h", "mm h-1"):
-        raise InputError(f"rate has units {units!r}: needed mm/h")
-    texts = [t.decode() if isinstance(t, bytes) else str(t) for t in file["time_utc"][:]]
+    if not isinstance(rate, h5py.Dataset) or rate.ndim != 3 or rate.dtype.kind not in "fiu":
+        raise ValueError(f"rate is {getattr(rate, 'shape', 'a group')}: needed numbers, (time, y, x)")
+    _per_hour("rate", _text(rate.attrs.get("units", "")))
+    texts = [_text(time) for time in file["time_utc"][:]]
     # 2010-08-26T00:00 in some files, 20190610000000 in others.
-    times = pd.to_datetime([t + "00" if len(t) == 12 else t for t in texts]).to_numpy("datetime64[ns]")
+    digits = [len(text) if text.isdigit() else 0 for text in texts]
+    pattern = {14: "%Y%m%d%H%M%S", 12: "%Y%m%d%H%M"}.get(min(digits, default=0), "ISO8601")
+    times = pd.to_datetime(texts, format=pattern).to_numpy("datetime64[ns]")
     if len(times) != len(rate):
         raise ValueError(f"{len(times)} times for {len(rate)} frames")
     height, width = rate.shape[1:]
-    if "projection" in file.attrs:
-        y, x, proj = _metres(str(file.attrs["projection"]), np.asarray(file.attrs["ext"]), height, width)
+    if {"projection", "ext"} <= set(file.attrs):
+        y, x, proj = _extent(_text(file.attrs["projection"]), np.asarray(file.attrs["ext"]), height, width)
+    elif {"lat", "lon"} <= set(file.attrs):
+        y, x, proj = np.asarray(file.attrs["lat"]), np.asarray(file.attrs["lon"]), ""
     else:
-        y, x, proj = file.attrs["lat"], file.attrs["lon"], ""
-    return Sequence(name, url, "rate", times, _cadence(times), np.asarray(y), np.asarray(x), proj)
+        raise KeyError(f"attributes are {', '.join(file.attrs)}: needed projection and ext, or lat and lon")
+    if (len(y), len(x)) != (height, width):
+        raise ValueError(f"{len(y)} latitudes and {len(x)} longitudes for {height} × {width} pixels")
+    return Sequence(name, url, "rate", times, _cadence(times), y, x, proj)
 
 
-def _metres(proj: str, extent: np.ndarray, height: int, width: int) -> tuple[np.ndarray, np.ndarray, str]:
-    """Pixel centres and PROJ string in metres: KNMI writes its Earth, and so its grid, in kilometres."""
-    parts = dict(part.lstrip("+").partition("=")[::2] for part in proj.split())
-    if float(parts.get("a", 6.4e6)) < 1e5:
-        for key in ("a", "b", "x_0", "y_0"):
-            if key in parts:
-                parts[key] = f"{float(parts[key]) * 1000:.10g}"
-        extent = extent * 1000
-        proj = " ".join(f"+{k}={v}" if v else f"+{k}" for k, v in parts.items())
-    x1, y1, x2, y2 = extent
+def _extent(proj: str, extent: np.ndarray, height: int, width: int) -> tuple[np.ndarray, np.ndarray, str]:
+    """Pixel centres, row 0 in the north, and PROJ string, in metres."""
+    proj, unit = in_metres(proj)
+    x1, y1, x2, y2 = extent * unit
+    if not (x1 < x2 and y1 < y2):
+        raise ValueError(f"ext is {extent.tolist()}: needed x1 < x2 and y1 < y2")
     dx, dy = (x2 - x1) / width, (y2 - y1) / height
     return y2 - (np.arange(height) + 0.5) * dy, x1 + (np.arange(width) + 0.5) * dx, proj
 
 
-def _ours_counts(file: h5py.File, first: int, last: int) -> np.ndarray:
-    data = file["rate"]
-    stored, fill = data[first:last], data.attrs.get("fill_value", FILL)
-    scale = float(data.attrs.get("scale_factor", 1.0))
+def _ours_counts(rate: h5py.Dataset, first: int, last: int) -> np.ndarray:
+    stored, fill = rate[first:last], rate.attrs.get("fill_value", FILL)
+    scale = float(rate.attrs.get("scale_factor", 1.0))
+    scale *= _per_hour("rate", _text(rate.attrs.get("units", "")))
     if stored.dtype == np.uint16 and fill == FILL and scale == SCALE:
         return stored
     return _to_counts(np.where(stored == fill, np.nan, stored * scale))
+
+
+def _text(value: Any) -> str:
+    return value.decode() if isinstance(value, bytes) else str(value)
 
 
 # ------------------------------------------------------------------------------- CF NetCDF or Zarr
 
 
 def _cf(name: str, url: str, dataset: xr.Dataset, variable: str | None) -> Sequence:
-    found = variable or next((n for n in RATE_NAMES if n in dataset), None)
-    if found is None:
-        by_name = {v.attrs.get("standard_name"): n for n, v in dataset.data_vars.items()}
-        found = next((str(by_name[n]) for n in RATE_NAMES if n in by_name), None)
-    if found is None or found not in dataset:
-        names = ", ".join(map(str, dataset.data_vars))
+    rate = _find(dataset, variable)
+    _per_hour(str(rate.name), rate.attrs.get("units", ""))
+    axes = axes_of(rate)
+    bare = [axis for axis in axes if axis not in rate.coords or rate[axis].dtype.kind not in "Mfiu"]
+    if bare or rate[axes[0]].dtype.kind != "M":
         raise InputError(
-            f"no rain rate among {names}: needed {', '.join(RATE_NAMES[:4])}, or --variable NAME"
+            f"dimension {(bare or axes)[0]} has no coordinate: needed dates, and y and x as numbers"
         )
-    rate = dataset[found]
-    _per_hour(rate)
-    if rate.ndim != 3 or "time" not in str(rate.dims[0]).lower():
-        raise InputError(f"{found} has dimensions {rate.dims}: needed (time, y, x)")
-    times = rate[rate.dims[0]].values.astype("datetime64[ns]")
-    y, x = (rate[dim].values.astype(float) for dim in rate.dims[1:])
-    return Sequence(name, url, found, times, _cadence(times), y, x, _cf_proj(dataset, rate))
+    # Times as fractions of a day are off by some microseconds.
+    times = rate[axes[0]].values + np.timedelta64(500, "ms")
+    times = times.astype("datetime64[s]").astype("datetime64[ns]")
+    y, x, proj = grid_of(dataset, rate, axes)
+    return Sequence(name, url, str(rate.name), times, _cadence(times), y, x, proj)
 
 
-def _cf_proj(dataset: xr.Dataset, rate: xr.DataArray) -> str:
-    mapping = rate.attrs.get("grid_mapping", rate.encoding.get("grid_mapping"))
-    if mapping in dataset.variables:
-        attrs = dataset[mapping].attrs
-        if "proj4" in attrs or "proj4_params" in attrs:
-            return str(attrs.get("proj4", attrs.get("proj4_params")))
-        crs = pyproj.CRS.from_cf(attrs)
-        return "" if crs.is_geographic else str(crs.to_proj4())
-    names = [str(dim).lower() for dim in rate.dims[1:]]
-    if names[0].startswith("lat") and names[1].startswith("lon"):
-        return ""
-    raise InputError(f"{rate.name} has no grid_mapping: needed a projection, or lat and lon as dimensions")
+def _find(dataset: xr.Dataset, variable: str | None) -> xr.DataArray:
+    by_name = {str(v.attrs.get("standard_name")): str(n) for n, v in dataset.data_vars.items()}
+    known = {**by_name, **{str(n): str(n) for n in dataset.data_vars}}
+    wanted = (variable,) if variable else RATE_NAMES
+    found = next((known[name] for name in wanted if name in known), None)
+    if found is None:
+        raise InputError(
+            f"no {variable or 'rain rate'} among {', '.join(map(str, dataset.data_vars))}: "
+            f"needed {', '.join(RATE_NAMES[:4])}, or --variable NAME"
+        )
+    return dataset[found]
 
 
-def _cf_counts(rate: xr.DataArray) -> np.ndarray:
-    return _to_counts(rate.values * _per_hour(rate))
+def _cf_counts(rate: xr.DataArray, first: int, last: int) -> np.ndarray:
+    axes = axes_of(rate)
+    part = rate.isel({axes[0]: slice(first, last)})
+    part = part.squeeze([dim for dim in part.dims if dim not in axes], drop=True).transpose(*axes)
+    return _to_counts(part.values * _per_hour(str(rate.name), rate.attrs.get("units", "")))
 
 
-def _per_hour(rate: xr.DataArray) -> float:
-    units = str(rate.attrs.get("units", ""))
-    if units not in PER_HOUR:
-        raise InputError(f"{rate.name} has units {units!r}: needed mm/h or kg m-2 s-1")
-    return PER_HOUR[units]
+def _per_hour(name: str, units: str) -> float:
+    plain = str(units).replace("**", "").replace("^", "").strip()
+    if plain not in PER_HOUR:
+        raise InputError(f"{name} has units {units!r}: needed mm/h or kg m-2 s-1")
+    return PER_HOUR[plain]
 
 
 def _to_counts(rate: np.ndarray) -> np.ndarray:
-    """mm/h to counts of 0.01 mm/h; NaN and negative rates to the missing value, 655.34 mm/h at most."""
-    missing = ~(rate >= 0)
-    counts = np.rint(np.clip(np.nan_to_num(rate), 0, (FILL - 1) * SCALE) / SCALE).astype(np.uint16)
-    counts[missing] = FILL
-    return counts
+    """mm/h to counts of 0.01 mm/h, at most 655.34; the missing value for NaN, negative and absurd rates."""
+    valid = (rate >= 0) & (rate <= HIGHEST)
+    counts = np.rint(np.clip(np.where(valid, rate, 0), 0, (FILL - 1) * SCALE) / SCALE).astype(np.uint16)
+    return np.where(valid, counts, np.uint16(FILL))
 
 
 # ------------------------------------------------------------------------------------------ templates
+
+
+_COLUMNS = ("sequence", "start_time", "end_time", "cadence_minutes", "n_frames", "proj", "file")
 
 
 def _root(sequences: list[Sequence]) -> xr.Dataset:
@@ -308,7 +345,7 @@ def _root(sequences: list[Sequence]) -> xr.Dataset:
             "proj": column(
                 [s.proj for s in sequences], long_name="PROJ string; empty: latitude and longitude"
             ),
-            "file": column([s.url.rpartition("/")[2] for s in sequences]),
+            "file": column([_file(s.url) for s in sequences]),
         },
         attrs={"Conventions": "CF-1.11", "title": "radar rain-rate sequences, a group each", "kind": "radar"},
     )
@@ -323,8 +360,8 @@ def _template(sequence: Sequence, each: int) -> xr.Dataset:
     axis = {
         d: {"units": "m", "standard_name": f"projection_{d}_coordinate"}
         if metres
-        else {"units": f"degrees_{'north' if d == 'y' else 'east'}"}
-        for d in ("y", "x")
+        else {"units": f"degrees_{direction}", "standard_name": name}
+        for d, direction, name in (("y", "north", "latitude"), ("x", "east", "longitude"))
     }
     coords: dict[str, Any] = {
         "time": ("time", sequence.times, {"standard_name": "time"}),

@@ -5,25 +5,31 @@ is (event, time, y, x), in raw units. SEVIR-LR (Gao et al., PreDiff, NeurIPS 202
 second frame and takes the maximum of 3 × 3 pixels.
 """
 
-import io
-import warnings
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import dask.array
-import fsspec
 import h5py
 import numpy as np
 import pandas as pd
 import pyproj
 import xarray as xr
 
-from pipelines.archives import Bad, Plan, Region, local_copy
+from pipelines.archives import UNREADABLE, Bad, Plan, Region, readable, why
+from pipelines.archives.catalog import NEEDED, NUMBERS, TEXTS, left_out, read_catalog, select
 from pipelines.errors import InputError
 
-PROJ = "+proj=laea +lat_0=38 +lon_0=-98 +units=m +a=6370997.0 +ellps=sphere"
 MISSING = 255
+EXTENT_M = 384_000.0
+FRAMES = 49
+FRAME_MINUTES = 5
+FIRST_MINUTE = -120
+"""Frames lie from two hours before `time_utc` to two hours after."""
+
+Grid = tuple[int, int, int]
+"""Frames, rows and columns of an event."""
 
 
 @dataclass(frozen=True)
@@ -81,81 +87,6 @@ MODALITIES = {
         {"long_name": "lightning flashes in a pixel and a frame's time", "units": "1"},
     ),
 }
-EXTENT_M = 384_000.0
-FRAME_SECONDS = 300
-"""SEVIR's frames are 5 minutes apart."""
-
-
-# ----------------------------------------------------------------------------------------- catalogue
-
-
-def read_catalog(source: str) -> pd.DataFrame:
-    """`CATALOG.csv`, with `time_utc` parsed and the damage of spreadsheets repaired (with a warning).
-
-    Raises:
-        InputError: no catalogue, or one without a column that is needed.
-    """
-    url = source if source.endswith(".csv") else f"{source.rstrip('/')}/CATALOG.csv"
-    try:
-        with fsspec.open(url, "rb") as file:
-            text = file.read()
-    except FileNotFoundError as error:
-        raise InputError(
-            f"{url} is absent: needed the SEVIR folder, which holds CATALOG.csv and data/"
-        ) from error
-    try:
-        # utf-8-sig also eats the byte-order mark that spreadsheets write.
-        table = pd.read_csv(io.BytesIO(text), encoding="utf-8-sig", dtype={"id": str}, low_memory=False)
-    except (UnicodeDecodeError, pd.errors.ParserError, pd.errors.EmptyDataError) as error:
-        raise InputError(f"{url} is not a CSV table: {error}") from error
-    needed = ["id", "file_name", "file_index", "img_type", "time_utc", "pct_missing"]
-    absent = [name for name in needed if name not in table.columns]
-    if absent:
-        raise InputError(f"{url} has no column {absent[0]}: needed {', '.join(needed)}")
-    return _repaired(table, url)
-
-
-def _repaired(table: pd.DataFrame, url: str) -> pd.DataFrame:
-    table = table.copy()
-    times = pd.to_datetime(table["time_utc"], format="%Y-%m-%d %H:%M:%S", errors="coerce")
-    if times.isna().any():
-        short = pd.to_datetime(table["time_utc"], format="%m/%d/%y %H:%M", errors="coerce")
-        if (times.isna() & short.isna()).any():
-            odd = table["time_utc"][times.isna() & short.isna()].iloc[0]
-            raise InputError(f"{url} has time_utc {odd!r}: needed YYYY-MM-DD HH:MM:SS")
-        warnings.warn(f"{url} went through a spreadsheet: times read as m/d/yy H:MM", stacklevel=3)
-        times = times.fillna(short)
-    table["time_utc"] = times.astype("datetime64[ns]")
-    if "proj" not in table:
-        table["proj"] = PROJ
-    broken = ~table["proj"].astype(str).str.startswith("+proj")
-    if broken.any():
-        odd = table.loc[broken, "proj"].iloc[0]
-        warnings.warn(f"{url} has proj {odd!r} in {broken.sum()} rows: SEVIR's own is taken", stacklevel=3)
-        table.loc[broken, "proj"] = PROJ
-    return table
-
-
-def select(
-    catalog: pd.DataFrame,
-    modalities: Sequence[str] = ("vil",),
-    start: str | None = None,
-    end: str | None = None,
-) -> pd.DataFrame:
-    """Rows of the events that are kept, sorted by id: one row of every modality for each event.
-
-    In the published order: time later than `start` and not later than `end`, nothing missing, the image
-    types asked for, and every id with more (or fewer) than one row of each dropped.
-    """
-    rows = catalog
-    if start is not None:
-        rows = rows[rows["time_utc"] > pd.Timestamp(start)]
-    if end is not None:
-        rows = rows[rows["time_utc"] <= pd.Timestamp(end)]
-    rows = rows[(rows["pct_missing"] == 0) & rows["img_type"].isin(modalities)]
-    counts = rows.groupby("id")["img_type"].agg(["size", "nunique"])
-    whole = counts.index[(counts["size"] == len(modalities)) & (counts["nunique"] == len(modalities))]
-    return rows[rows["id"].isin(whole)].sort_values(["id", "img_type"], kind="stable")
 
 
 # ----------------------------------------------------------------------------------------------- plan
@@ -167,45 +98,45 @@ def plan(
     """What preparing a SEVIR archive would read and write.
 
     Args:
-        source: folder with `CATALOG.csv` and `data/`.
+        source: folder with `CATALOG.csv` and `data/`, or a catalogue of another name (`.csv`) beside `data/`.
         modalities: image types; an event needs one whole row of each.
-        low_resolution: SEVIR-LR: every second frame, 3 × 3 maximum (VIL alone).
+        low_resolution: SEVIR-LR: every second frame, 3 × 3 maximum (VIL alone). Events that are so already
+            are taken as they are.
         shard_mb: about the size of a shard before compression.
 
     Raises:
         InputError: no catalogue, an unknown modality, or no event that can be kept.
     """
-    unknown = [name for name in modalities if name not in MODALITIES]
-    if unknown or (low_resolution and tuple(modalities) != ("vil",)):
-        known = "vil alone (SEVIR-LR)" if low_resolution else ", ".join(MODALITIES)
-        raise InputError(f"modality {', '.join(unknown or modalities)} cannot be prepared: needed {known}")
+    _check(modalities, low_resolution)
     catalog = read_catalog(source)
-    kept = select(catalog, modalities)
+    kept, dropped = select(catalog, modalities), left_out(catalog, modalities)
     if kept.empty:
         raise InputError(
-            f"{source} has no event with one complete row of {', '.join(modalities)} "
-            f"among {len(catalog)} catalogue rows"
+            f"{source} has no event with one whole row of {', '.join(modalities)} among {len(catalog)} "
+            "catalogue rows" + "".join(f", {n} {reason}" for reason, n in dropped.items())
         )
     # Neighbours in the archive are neighbours in the raw files.
     first = kept[kept["img_type"] == modalities[0]].sort_values(["file_name", "file_index"], kind="stable")
     located = zip(kept["id"], kept["img_type"], kept["file_name"], kept["file_index"], strict=True)
     by_id = {(str(i), str(kind)): (str(file), int(row)) for i, kind, file, row in located}
-    grids = {name: _grid(first, name, modalities[0], low_resolution) for name in modalities}
-    stored = sum(int(np.prod(grid)) * np.dtype(MODALITIES[n].dtype).itemsize for n, grid in grids.items())
-    each = max(1, min(32, len(first), shard_mb * 1_000_000 // stored))
     ids = [str(i) for i in first["id"]]
+    raw = {name: _grid(kept[kept["img_type"] == name], name) for name in modalities}
+    grids = {name: lowered(grid) for name, grid in raw.items()} if low_resolution else raw
+    stored, decoded = _event_bytes(grids), _event_bytes(raw)
+    each = max(1, min(32, len(ids), shard_mb * 1_000_000 // stored))
+    folder = (source.rpartition("/")[0] or ".") if source.endswith(".csv") else source.rstrip("/")
     shards = tuple(
         SevirShard(
-            source.rstrip("/"),
+            folder,
             start,
             tuple((i, {name: by_id[i, name] for name in modalities}) for i in ids[start : start + each]),
-            grids,
+            raw,
             low_resolution,
         )
         for start in range(0, len(ids), each)
     )
-    decoded = stored * (9 * 49 // 25 if low_resolution else 1)
     kind = "sevir-lr" if low_resolution else "sevir"
+    published = [name for name in dict.fromkeys((*NEEDED, *TEXTS, *NUMBERS)) if name in kept]
     return Plan(
         kind=kind,
         groups={"": _template(first, grids, each, kind)},
@@ -215,76 +146,88 @@ def plan(
             "grids": {name: list(grid) for name, grid in grids.items()},
             "events": [[i, *by_id[i, name]] for i in ids for name in modalities],
             "shard_events": each,
+            # Tells apart archives whose events bear the same names, such as synthetic ones of two seeds.
+            "catalogue": zlib.crc32(kept[published].to_csv(index=False).encode()),
         },
         shards=shards,
         series=len(ids),
-        frames=len(ids) * next(iter(grids.values()))[0],
+        frames=len(ids) * grids[modalities[0]][0],
         stored_bytes=stored * len(ids),
         decoded_bytes=decoded * len(ids),
-        dropped=_dropped(catalog, kept, modalities),
+        dropped=dropped,
     )
 
 
-def _dropped(catalog: pd.DataFrame, kept: pd.DataFrame, modalities: Sequence[str]) -> dict[str, int]:
-    wanted = catalog[catalog["img_type"].isin(modalities)]
-    whole = wanted[wanted["pct_missing"] == 0]
-    return {
-        "pct_missing > 0": len(wanted) - len(whole),
-        "duplicate id or modality missing": len(whole) - len(kept),
-    }
+def _check(modalities: Sequence[str], low_resolution: bool) -> None:
+    unknown = [name for name in modalities if name not in MODALITIES]
+    repeated = len(set(modalities)) < len(modalities)
+    if unknown or repeated or not modalities or (low_resolution and tuple(modalities) != ("vil",)):
+        needed = "vil alone (SEVIR-LR)" if low_resolution else f"{', '.join(MODALITIES)}, each once"
+        given = ", ".join(unknown or modalities)
+        raise InputError(f"modalities {given!r} cannot be prepared: needed {needed}")
 
 
-def _grid(first: pd.DataFrame, name: str, reference: str, low_resolution: bool) -> tuple[int, int, int]:
-    frames = len(_offsets(first)[0])
-    scale = MODALITIES[name].size / MODALITIES[reference].size
-    if "size_y" in first and "size_x" in first:
-        sizes = {(int(y), int(x)) for y, x in zip(first["size_y"], first["size_x"], strict=True)}
-        height, width = sizes.pop() if len(sizes) == 1 else (MODALITIES[reference].size,) * 2
-    else:
-        height = width = MODALITIES[reference].size
-    height, width = round(height * scale), round(width * scale)
-    return ((frames + 1) // 2, height // 3, width // 3) if low_resolution else (frames, height, width)
+def _event_bytes(grids: dict[str, Grid]) -> int:
+    return sum(int(np.prod(grid)) * np.dtype(MODALITIES[n].dtype).itemsize for n, grid in grids.items())
 
 
-def _offsets(first: pd.DataFrame) -> np.ndarray:
-    """Minutes of every frame relative to `time_utc`, (event, time)."""
-    if "minute_offsets" not in first:
-        return np.tile(np.arange(-120, 121, 5), (len(first), 1))
-    rows = [[int(m) for m in str(text).split(":")] for text in first["minute_offsets"]]
-    usual = max(set(map(len, rows)), key=list(map(len, rows)).count)
-    # A row with another number of frames is found out, and quarantined, when its file is read.
-    return np.array([row if len(row) == usual else rows[0] for row in rows])
+def _grid(rows: pd.DataFrame, name: str) -> Grid:
+    """What most rows of a modality say; an event that is otherwise is found out when its file is read."""
+    size = MODALITIES[name].size
+    # Flashes are given on 48 × 48 pixels, whatever the catalogue says.
+    height, width = (size if name == "lght" else _usual(rows, c, size) for c in ("size_y", "size_x"))
+    return _minutes(rows).shape[1], height, width
 
 
-def _template(
-    first: pd.DataFrame, grids: dict[str, tuple[int, int, int]], each: int, kind: str
-) -> xr.Dataset:
+def _usual(rows: pd.DataFrame, column: str, otherwise: int) -> int:
+    values = rows[column][rows[column] > 0] if column in rows else rows["file_index"][:0]
+    return int(values.mode().iloc[0]) if len(values) else otherwise
+
+
+def _minutes(rows: pd.DataFrame) -> np.ndarray:
+    """Minutes of every frame relative to `time_utc`, (event, time); the nominal ones where damaged."""
+    texts = rows["minute_offsets"] if "minute_offsets" in rows else pd.Series(np.nan, index=rows.index)
+    parsed = [_parse_minutes(str(text)) for text in texts]
+    lengths = [len(minutes) for minutes in parsed if minutes]
+    usual = max(set(lengths), key=lengths.count) if lengths else FRAMES
+    nominal = [FIRST_MINUTE + FRAME_MINUTES * frame for frame in range(usual)]
+    return np.array([minutes if len(minutes) == usual else nominal for minutes in parsed])
+
+
+def _parse_minutes(text: str) -> list[int]:
+    try:
+        return [int(minute) for minute in text.split(":")]
+    except ValueError:
+        return []
+
+
+def _template(first: pd.DataFrame, grids: dict[str, Grid], each: int, kind: str) -> xr.Dataset:
     step = 2 if kind == "sevir-lr" else 1
-    offsets = _offsets(first)[:, ::step]
-    nominal = (
-        (np.arange(offsets.shape[1]) * 5 * step - 120).astype("timedelta64[m]").astype("timedelta64[ns]")
-    )
-    times = first["time_utc"].to_numpy()[:, None] + offsets.astype("timedelta64[m]")
+    minutes = _minutes(first)[:, ::step]
+    nominal = np.arange(minutes.shape[1]) * FRAME_MINUTES * step + FIRST_MINUTE
+    times = first["time_utc"].to_numpy()[:, None] + minutes.astype("timedelta64[m]")
     crs = pyproj.CRS.from_proj4(str(first["proj"].iloc[0]))
     coords: dict[str, Any] = {
         "event": ("event", first["id"].to_numpy(str), {"long_name": "SEVIR event id"}),
-        "time": ("time", nominal, {"long_name": "nominal time relative to time_utc"}),
+        "time": (
+            "time",
+            nominal.astype("timedelta64[m]").astype("timedelta64[ns]"),
+            {"long_name": "nominal time relative to time_utc"},
+        ),
         "time_utc": ("event", first["time_utc"].to_numpy(), {"long_name": "reference time of the event"}),
         "frame_time": (("event", "time"), times.astype("datetime64[ns]"), {"standard_name": "time"}),
         "crs": ((), np.int32(0), {**crs.to_cf(), "proj4": str(first["proj"].iloc[0])}),
+        **_origins(first, crs),
     }
-    if {"llcrnrlon", "llcrnrlat"} <= set(first.columns):
-        to_metres = pyproj.Transformer.from_crs(crs.geodetic_crs, crs, always_xy=True)
-        x, y = to_metres.transform(first["llcrnrlon"].to_numpy(), first["llcrnrlat"].to_numpy())
-    else:
-        x = y = np.full(len(first), np.nan)
-    corner = {"units": "m", "comment": "of the event's lower left corner, in the projection crs"}
-    coords |= {"x_origin": ("event", x, corner), "y_origin": ("event", y, corner)}
-    for name in first.columns:
-        if name not in ("id", "img_type", "time_utc", "proj", "minute_offsets"):
-            values = first[name]
-            text = not pd.api.types.is_numeric_dtype(values)
-            coords[name] = ("event", values.fillna("").to_numpy(str) if text else values.to_numpy())
+    of = {"long_name": f"catalogue column, of the event's {first['img_type'].iloc[0]}"}
+    for name in TEXTS:
+        if name in first:
+            coords[name] = ("event", first[name].fillna("").to_numpy(str), of)
+    for name in NUMBERS:
+        if name in first:
+            numbers = first[name].to_numpy()
+            whole = np.isfinite(numbers).all() and (numbers % 1 == 0).all() and not name.startswith("data")
+            coords[name] = ("event", numbers.astype(np.int64) if whole else numbers, of)
     variables = {}
     for name, (frames, height, width) in grids.items():
         modality = MODALITIES[name]
@@ -321,6 +264,17 @@ def _template(
     )
 
 
+def _origins(first: pd.DataFrame, crs: pyproj.CRS) -> dict[str, Any]:
+    """The lower left corner of every event in metres; NaN where the catalogue does not tell it."""
+    x = y = np.full(len(first), np.nan)
+    if {"llcrnrlon", "llcrnrlat"} <= set(first.columns):
+        to_metres = pyproj.Transformer.from_crs(crs.geodetic_crs, crs, always_xy=True)
+        x, y = to_metres.transform(first["llcrnrlon"].to_numpy(), first["llcrnrlat"].to_numpy())
+        x, y = (np.where(np.isfinite(values), values, np.nan) for values in (x, y))
+    attrs = {"units": "m", "comment": "of the event's lower left corner, in the projection crs"}
+    return {"x_origin": ("event", x, attrs), "y_origin": ("event", y, attrs)}
+
+
 # --------------------------------------------------------------------------------------------- decode
 
 
@@ -329,24 +283,26 @@ class SevirShard:
     """Some successive events of the archive."""
 
     source: str
+    """Folder that holds `data/`."""
     start: int
     """Index of the first event."""
     events: tuple[tuple[str, dict[str, tuple[str, int]]], ...]
     """(id, modality to (file_name, file_index))."""
-    grids: dict[str, tuple[int, int, int]]
+    raw: dict[str, Grid]
+    """What an event of each modality is to be in its file."""
     low_resolution: bool
 
     def decode(self) -> tuple[list[Region], list[Bad]]:
         """Read the events; those that cannot be read are filled with the missing value and listed."""
+        grids = {name: lowered(grid) if self.low_resolution else grid for name, grid in self.raw.items()}
         arrays = {
             name: np.full((len(self.events), *grid), MODALITIES[name].missing, MODALITIES[name].dtype)
-            for name, grid in self.grids.items()
+            for name, grid in grids.items()
         }
         bad: dict[str, Bad] = {}
-        for name, grid in self.grids.items():
+        for name in self.raw:
             for file_name, rows in self._by_file(name).items():
-                url = f"{self.source}/data/{file_name}"
-                for place, event, found in _read_events(url, name, rows, grid, self.low_resolution):
+                for place, event, found in self._read(name, file_name, rows):
                     if isinstance(found, str):
                         bad.setdefault(event, Bad(event, file_name, found))
                     else:
@@ -365,35 +321,40 @@ class SevirShard:
             files.setdefault(file_name, []).append((place, event, index))
         return files
 
+    def _read(
+        self, name: str, file_name: str, rows: list[tuple[int, str, int]]
+    ) -> Iterator[tuple[int, str, np.ndarray | str]]:
+        """(place in the shard, event id, frames (time, y, x) or why there are none)."""
+        try:
+            with readable(f"{self.source}/data/{file_name}") as opened, h5py.File(opened, "r") as file:
+                for place, event, index in rows:
+                    try:
+                        found: np.ndarray | str = self._event(file, name, event, index)
+                    except UNREADABLE as error:
+                        found = why(error)
+                    yield place, event, found
+        except FileNotFoundError:
+            yield from ((place, event, "the file is not there") for place, event, _ in rows)
+        except OSError as error:
+            reason = f"not readable as HDF5: {why(error)}"
+            yield from ((place, event, reason) for place, event, _ in rows)
 
-def _read_events(
-    url: str, name: str, rows: list[tuple[int, str, int]], grid: tuple[int, int, int], low_resolution: bool
-) -> Iterator[tuple[int, str, np.ndarray | str]]:
-    """(place in the shard, event id, frames (time, y, x) or why there are none)."""
-    try:
-        with local_copy(url) as path, h5py.File(path, "r") as file:
-            for place, event, index in rows:
-                try:
-                    frames = _flashes(file, event) if name == "lght" else _frames(file, name, event, index)
-                    frames = block_maximum(frames) if low_resolution else frames
-                    if frames.shape != grid:
-                        raise ValueError(f"shape {frames.shape} (time, y, x): needed {grid}")
-                    yield place, event, frames
-                except (OSError, KeyError, ValueError, IndexError) as error:
-                    yield place, event, _one_line(error)
-    except FileNotFoundError:
-        yield from ((place, event, "the file is not there") for place, event, _ in rows)
-    except OSError as error:
-        reason = f"not readable as HDF5: {_one_line(error)}"
-        yield from ((place, event, reason) for place, event, _ in rows)
+    def _event(self, file: h5py.File, name: str, event: str, index: int) -> np.ndarray:
+        grid = self.raw[name]
+        frames = _flashes(file, event, grid) if name == "lght" else _frames(file, name, event, index)
+        if self.low_resolution and frames.shape == lowered(grid):
+            return frames
+        if frames.shape != grid:
+            raise ValueError(f"row {index} has shape {frames.shape} (time, y, x): needed {grid}")
+        return block_maximum(frames) if self.low_resolution else frames
 
 
 def _frames(file: h5py.File, name: str, event: str, index: int) -> np.ndarray:
-    if name not in file:
+    dataset = file.get(name)
+    if not isinstance(dataset, h5py.Dataset):
         raise KeyError(f"no dataset {name!r}, found {', '.join(list(file)[:5])}")
-    dataset = file[name]
     wanted = np.dtype(MODALITIES[name].dtype)
-    if dataset.ndim != 4 or dataset.dtype != wanted:
+    if dataset.ndim != 4 or dataset.dtype.newbyteorder("=") != wanted:
         raise ValueError(f"dataset {name} is {dataset.ndim}-D {dataset.dtype}: needed 4-D {wanted}")
     if not 0 <= index < dataset.shape[0]:
         raise IndexError(f"file_index {index} lies outside its {dataset.shape[0]} events")
@@ -402,22 +363,34 @@ def _frames(file: h5py.File, name: str, event: str, index: int) -> np.ndarray:
     return np.ascontiguousarray(dataset[index].transpose(2, 0, 1))
 
 
-def _flashes(file: h5py.File, event: str) -> np.ndarray:
-    """Lightning counts (49, 48, 48) from flashes (n, 5): seconds, lat, lon, x, y."""
-    if event not in file:
+def _flashes(file: h5py.File, event: str, grid: Grid) -> np.ndarray:
+    """Lightning counts on a grid, from flashes (n, 5): seconds after `time_utc`, lat, lon, x, y."""
+    dataset = file.get(event)
+    if not isinstance(dataset, h5py.Dataset):
         raise KeyError(f"no dataset {event!r}")
-    flashes = np.asarray(file[event])
-    if flashes.ndim != 2 or flashes.shape[1] != 5:
-        raise ValueError(f"flashes of {event} have shape {flashes.shape}: needed (n, 5)")
-    size = MODALITIES["lght"].size
-    edges = np.arange(-7200, 7201, FRAME_SECONDS)
-    x, y = np.floor(flashes[:, 3]).astype(int), np.floor(flashes[:, 4]).astype(int)
-    inside = (x >= 0) & (x < size) & (y >= 0) & (y < size)
+    if dataset.ndim != 2 or dataset.shape[1] != 5 or dataset.dtype.kind not in "fiu":
+        raise ValueError(f"flashes {event} are {dataset.shape} {dataset.dtype}: needed numbers, (n, 5)")
+    seconds, x, y = dataset[()][:, [0, 3, 4]].astype(float).T
+    frames, height, width = grid
+    inside = (x >= 0) & (x < width) & (y >= 0) & (y < height) & np.isfinite(seconds)
+    starts = (FIRST_MINUTE + FRAME_MINUTES * np.arange(frames)) * 60
     # The last frame not after the flash; flashes before the first frame go to it.
-    frame = np.maximum(np.searchsorted(edges, flashes[:, 0], side="right") - 1, 0)
-    counts = np.zeros((len(edges), size, size), np.int16)
-    np.add.at(counts, (frame[inside], y[inside], x[inside]), 1)
+    frame = np.maximum(np.searchsorted(starts, seconds[inside], side="right") - 1, 0)
+    counts = np.zeros(grid, np.int16)
+    np.add.at(counts, (frame, y[inside].astype(int), x[inside].astype(int)), 1)
     return counts
+
+
+def lowered(grid: Grid) -> Grid:
+    """The grid that `block_maximum` makes of a grid.
+
+    Raises:
+        InputError: rows or columns do not part into threes.
+    """
+    frames, height, width = grid
+    if height % 3 or width % 3:
+        raise InputError(f"events of {height} × {width} pixels have no SEVIR-LR: needed multiples of 3")
+    return (frames + 1) // 2, height // 3, width // 3
 
 
 def block_maximum(frames: np.ndarray) -> np.ndarray:
@@ -434,7 +407,3 @@ def block_maximum(frames: np.ndarray) -> np.ndarray:
 
 def _text(value: Any) -> str:
     return value.decode() if isinstance(value, bytes) else str(value)
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).strip("'\"").split())

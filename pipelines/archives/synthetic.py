@@ -1,10 +1,11 @@
 """Raw archives in the real formats from simple dynamics, so that everything runs with no download.
 
-Every event, source and sequence has its own random stream from (seed, number): the same event comes out
+Every event, source and sequence has its own random stream from (seed, number): the same pixels come out
 whatever else is written.
 """
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,9 @@ import pyproj
 import scipy.ndimage
 import xarray as xr
 
-from pipelines.archives.sevir import EXTENT_M, MODALITIES, PROJ
-
-FRAMES = 49
-FRAME_MINUTES = 5
-
+from pipelines.archives.catalog import PROJ
+from pipelines.archives.sevir import EXTENT_M, FIRST_MINUTE, FRAME_MINUTES, FRAMES, MODALITIES
+from pipelines.errors import InputError
 
 # ---------------------------------------------------------------------------------------------- storms
 
@@ -27,11 +26,12 @@ FRAME_MINUTES = 5
 def storms(rng: np.random.Generator, frames: int, size: int, *, margin: float = 0.7) -> np.ndarray:
     """Encoded VIL of one event, uint8 (time, y, x): cells that are born, drift, grow, decay and die.
 
-    A cell is A(t) exp(-dx²/2sx² - dy²/2sy²) that drifts with the event's slowly turning wind; the sum over
-    cells is a matrix product of their profiles along y and x. Texture drifts along.
+    A cell is A(t) exp(-dx²/2sx² - dy²/2sy²) that drifts with the event's slowly turning wind, mostly towards
+    the east-north-east at 30 to 55 km/h as storms of the mid-latitudes do; the sum over cells is a matrix
+    product of their profiles along y and x. Texture drifts along.
     """
     scale = size / 384
-    heading, speed = rng.uniform(0, 2 * np.pi), rng.uniform(2.2, 4.5) * scale
+    heading, speed = rng.normal(0.3, 0.4), rng.uniform(2.5, 4.5) * scale
     angles = heading + rng.uniform(-0.25, 0.25) * np.linspace(-1, 1, frames)
     drift = np.cumsum(np.stack([np.sin(angles), np.cos(angles)], 1) * speed, axis=0)
 
@@ -40,11 +40,11 @@ def storms(rng: np.random.Generator, frames: int, size: int, *, margin: float = 
     count = len(core)
     home = clusters[rng.integers(0, len(clusters), count)]
     origin = home + rng.normal(0, np.where(core, 22, 45)[:, None] * scale, (count, 2))
-    width = np.where(core[:, None], rng.uniform(4, 11, (count, 2)), rng.uniform(18, 42, (count, 2))) * scale
+    width = np.where(core[:, None], rng.uniform(7, 16, (count, 2)), rng.uniform(18, 42, (count, 2))) * scale
     peak = np.where(core, rng.gamma(4.0, 34.0, count), rng.uniform(25, 70, count))
-    own = rng.normal(0, 0.35 * scale, (count, 2))
+    own = rng.normal(0, 0.2 * scale, (count, 2))
     middle = rng.uniform(-0.2 * frames, 1.2 * frames, count)
-    life = rng.uniform(14, 40, count) * frames / FRAMES
+    life = rng.uniform(20, 50, count) * frames / FRAMES
 
     texture = _texture(rng, size, 5 * scale)
     axis = np.arange(size)
@@ -84,22 +84,35 @@ def write_sevir(
 ) -> None:
     """Write `CATALOG.csv` and HDF5 files in SEVIR's layout, a file a half-year and modality.
 
+    An event at a time is held in memory. The catalogue is written last; what was there before is overwritten.
+
     Args:
         folder: where.
-        events: how many; half before 2019, the rest over both halves of 2019.
+        events: how many; a third before July 2018, the rest over the three half-years after.
         seed: of the whole archive.
         modalities: image types; all follow from the event's VIL.
-        size: pixels a side of VIL; the other modalities keep their ratio to it.
+        size: pixels a side of VIL, even; the other images keep their ratio to it. Flashes are always on
+            48 × 48.
         frames: steps of 5 minutes.
+
+    Raises:
+        InputError: no event, or an unknown image type.
     """
-    folder = Path(folder)
+    unknown = [name for name in modalities if name not in MODALITIES]
+    if events < 1 or unknown or not modalities:
+        found = f"{events} events" if events < 1 else f"modality {', '.join(unknown) or 'none'}"
+        raise InputError(f"{found}: needed at least one event, and some of {', '.join(MODALITIES)}")
+    catalog = Path(folder) / "CATALOG.csv"
+    catalog.unlink(missing_ok=True)
     spans = [("2018", "0101_0630"), ("2018", "0701_1231"), ("2019", "0101_0630"), ("2019", "0701_1231")]
     parts = np.array_split(np.arange(events), [round(events * f) for f in (0.3, 0.6, 0.8)])
     rows: list[dict[str, Any]] = []
     for (year, span), numbers in zip(spans, parts, strict=True):
         if len(numbers):
-            rows += _write_sevir_files(folder, year, span, numbers, seed, modalities, size, frames)
-    pd.DataFrame(rows).sort_values(["img_type", "id"]).to_csv(folder / "CATALOG.csv", index=False)
+            rows += _write_sevir_files(Path(folder), year, span, numbers, seed, modalities, size, frames)
+    table = pd.DataFrame(rows).sort_values(["img_type", "id"], kind="stable")
+    table.to_csv(catalog.with_suffix(".part"), index=False)
+    catalog.with_suffix(".part").rename(catalog)
 
 
 def _write_sevir_files(
@@ -113,75 +126,82 @@ def _write_sevir_files(
     frames: int,
 ) -> list[dict[str, Any]]:
     ids = [f"S{800000 + n:06d}" for n in numbers]
-    files, rows = {}, []
-    for name in modalities:
-        file_name = f"{name}/{year}/SEVIR_{name.upper()}_STORMEVENTS_{year}_{span}.h5"
-        path = folder / "data" / file_name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        files[name] = (file_name, h5py.File(path, "w"))
-    for name, (_, file) in files.items():
-        file["id"] = np.array(ids, dtype="S10")
-        if name != "lght":
-            side = size * MODALITIES[name].size // 384
-            shape, dtype = (len(numbers), side, side, frames), MODALITIES[name].dtype
-            file.create_dataset(
-                name, shape, dtype, chunks=(1, *shape[1:]), compression="gzip", compression_opts=1
-            )
-    to_degrees = pyproj.Transformer.from_crs(PROJ, pyproj.CRS(PROJ).geodetic_crs, always_xy=True)
-    for place, number in enumerate(numbers):
-        rng = np.random.default_rng([seed, int(number)])
-        first_month = 1 if span.startswith("01") else 7
-        when = pd.Timestamp(f"{year}-{first_month:02d}-01") + pd.Timedelta(
-            minutes=int(rng.integers(0, 260_000))
-        )
-        x, y = rng.uniform(-1_500_000, 1_100_000), rng.uniform(-1_000_000, 800_000)
-        corners = [to_degrees.transform(x + d, y + d) for d in (0.0, EXTENT_M)]
-        vil = storms(rng, frames, size)
-        for name, (file_name, file) in files.items():
-            side = size * MODALITIES[name].size // 384
-            if name == "lght":
-                file[ids[place]] = _flashes(rng, vil, side, frames)
-            else:
-                file[name][place] = _seen(name, vil, side, rng).transpose(1, 2, 0)
-            rows.append(
-                {
-                    "id": ids[place],
-                    "file_name": file_name,
-                    "file_index": place,
-                    "img_type": name,
-                    "time_utc": when.strftime("%Y-%m-%d %H:%M:%S"),
-                    "minute_offsets": ":".join(str(5 * k - 120) for k in range(frames)),
-                    "episode_id": 100000 + int(number),
-                    "event_id": 800000 + int(number),
-                    "event_type": "Thunderstorm Wind",
-                    "llcrnrlat": corners[0][1],
-                    "llcrnrlon": corners[0][0],
-                    "urcrnrlat": corners[1][1],
-                    "urcrnrlon": corners[1][0],
-                    "proj": PROJ,
-                    "size_x": side,
-                    "size_y": side,
-                    "height_m": EXTENT_M,
-                    "width_m": EXTENT_M,
-                    "data_min": 0,
-                    "data_max": int(vil.max()),
-                    "pct_missing": 0.0,
-                }
-            )
-    for _, file in files.values():
-        file.close()
+    sides = {n: 48 if n == "lght" else size * MODALITIES[n].size // 384 for n in modalities}
+    rows = []
+    with ExitStack() as stack:
+        files = {}
+        for name, side in sides.items():
+            file_name = f"{name}/{year}/SEVIR_{name.upper()}_STORMEVENTS_{year}_{span}.h5"
+            path = folder / "data" / file_name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            file = stack.enter_context(h5py.File(path, "w"))
+            file["id"] = np.array(ids, dtype="S10")
+            if name != "lght":
+                shape, dtype = (len(numbers), side, side, frames), MODALITIES[name].dtype
+                chunks = (1, *shape[1:])
+                file.create_dataset(name, shape, dtype, chunks=chunks, compression="gzip", compression_opts=1)
+            files[name] = (file_name, file)
+        for place, number in enumerate(map(int, numbers)):
+            rng = np.random.default_rng([seed, number])
+            event = _event_row(rng, number, year, span, frames)
+            vil = storms(rng, frames, size)
+            for name, (file_name, file) in files.items():
+                # A stream of its own, lest an image depend on which others are written.
+                own = np.random.default_rng([seed, number, list(MODALITIES).index(name)])
+                if name == "lght":
+                    values = file[ids[place]] = _flashes(own, vil)
+                else:
+                    values = _seen(name, vil, sides[name], own).transpose(1, 2, 0)
+                    file[name][place] = values
+                rows.append(
+                    {
+                        "id": ids[place],
+                        "file_name": file_name,
+                        "file_index": place,
+                        "img_type": name,
+                        **event,
+                        "size_x": sides[name],
+                        "size_y": sides[name],
+                        "height_m": EXTENT_M,
+                        "width_m": EXTENT_M,
+                        "data_min": values.min() if values.size else 0,
+                        "data_max": values.max() if values.size else 0,
+                        "pct_missing": 0.0,
+                    }
+                )
     return rows
+
+
+def _event_row(rng: np.random.Generator, number: int, year: str, span: str, frames: int) -> dict[str, Any]:
+    """The catalogue columns that an event's modalities share."""
+    first_month = 1 if span.startswith("01") else 7
+    when = pd.Timestamp(f"{year}-{first_month:02d}-01") + pd.Timedelta(minutes=int(rng.integers(0, 260_000)))
+    x, y = rng.uniform(-1_500_000, 1_100_000), rng.uniform(-1_000_000, 800_000)
+    to_degrees = pyproj.Transformer.from_crs(PROJ, pyproj.CRS(PROJ).geodetic_crs, always_xy=True)
+    corners = [to_degrees.transform(x + d, y + d) for d in (0.0, EXTENT_M)]
+    return {
+        "time_utc": when.strftime("%Y-%m-%d %H:%M:%S"),
+        "minute_offsets": ":".join(str(FIRST_MINUTE + FRAME_MINUTES * k) for k in range(frames)),
+        "episode_id": 100000 + number,
+        "event_id": 800000 + number,
+        "event_type": "Thunderstorm Wind",
+        "llcrnrlat": corners[0][1],
+        "llcrnrlon": corners[0][0],
+        "urcrnrlat": corners[1][1],
+        "urcrnrlon": corners[1][0],
+        "proj": PROJ,
+    }
 
 
 def _seen(name: str, vil: np.ndarray, side: int, rng: np.random.Generator) -> np.ndarray:
     if name == "vil":
         return vil
     size = vil.shape[-1]
-    coarse = (
-        vil if side >= size else vil.reshape(len(vil), side, size // side, side, size // side).max((2, 4))
-    )
-    fine = np.repeat(np.repeat(coarse, side // size, 1), side // size, 2) if side > size else coarse
-    level = fine.astype(np.float32) / 254
+    if side > size:
+        seen = np.repeat(np.repeat(vil, side // size, 1), side // size, 2)
+    else:
+        seen = vil.reshape(len(vil), side, size // side, side, size // side).max((2, 4))
+    level = seen.astype(np.float32) / 254
     noise = rng.normal(0, 1, level.shape[1:]).astype(np.float32)
     if name == "vis":
         return np.clip((0.15 + 0.75 * level + 0.02 * noise) * 1e4, 0, 1e4).astype(np.int16)
@@ -189,14 +209,14 @@ def _seen(name: str, vil: np.ndarray, side: int, rng: np.random.Generator) -> np
     return ((warm + (cold - warm) * np.sqrt(level) + 0.5 * noise) * 100).astype(np.int16)
 
 
-def _flashes(rng: np.random.Generator, vil: np.ndarray, side: int, frames: int) -> np.ndarray:
-    """Flashes (n, 5) in strong cells: seconds, lat, lon, x, y."""
-    block = vil.shape[-1] // side
-    strong = vil.reshape(len(vil), side, block, side, block).max((2, 4)) > 180
-    t, y, x = (index.astype(float) for index in np.nonzero(strong & (rng.random(strong.shape) < 0.3)))
-    seconds = (t * 5 - 120) * 60 + rng.uniform(0, 300, len(t))
-    within = rng.random((2, len(t)))
-    return np.stack([seconds, 38 + y * 0.07, -98 + x * 0.09, x + within[0], y + within[1]], axis=1)
+def _flashes(rng: np.random.Generator, vil: np.ndarray) -> np.ndarray:
+    """Flashes (n, 5) in strong cells: seconds, lat, lon, and x, y on 48 × 48 pixels."""
+    strong = (vil > 180) & (rng.random(vil.shape, np.float32) < 0.01)
+    t, y, x = (index.astype(float) for index in np.nonzero(strong))
+    seconds = (FIRST_MINUTE + FRAME_MINUTES * (t + rng.random(len(t)))) * 60
+    x, y = ((index + rng.random(len(t))) * MODALITIES["lght"].size / vil.shape[-1] for index in (x, y))
+    order = np.argsort(seconds)
+    return np.stack([seconds, 38 + y * 0.07, -98 + x * 0.09, x, y], axis=1)[order]
 
 
 # ----------------------------------------------------------------------------------------------- ENSO
@@ -224,9 +244,10 @@ def write_enso(
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    runs = [cmip6[1]] * cmip6[0] + [cmip5[1]] * cmip5[0]
+    runs = [(kind, model, years) for kind, (n, years) in ((6, cmip6), (5, cmip5)) for model in range(n)]
     fields, labels = zip(
-        *(_ocean(np.random.default_rng([seed, n]), years) for n, years in enumerate(runs)), strict=True
+        *(_ocean(np.random.default_rng([seed, kind, model]), years) for kind, model, years in runs),
+        strict=True,
     )
     attrs = {
         "cmip6_models": cmip6[0],
@@ -235,7 +256,7 @@ def write_enso(
         "cmip5_years": cmip5[1],
     }
     _write_icar(folder, "CMIP", np.concatenate(fields), np.concatenate(labels), attrs)
-    _write_icar(folder, "SODA", *_ocean(np.random.default_rng([seed, 10_000]), soda_years), {})
+    _write_icar(folder, "SODA", *_ocean(np.random.default_rng([seed, 0, 0]), soda_years), {})
 
 
 def _ocean(rng: np.random.Generator, years: int) -> tuple[np.ndarray, np.ndarray]:
@@ -288,11 +309,19 @@ def _write_icar(folder: Path, name: str, sst: np.ndarray, label: np.ndarray, att
 def write_radar(
     folder: str | Path, *, sequences: int = 4, seed: int = 0, size: int = 192, frames: int = 40
 ) -> None:
-    """Write radar sequences in mm/h, a file each, on days a month apart; no coverage outside a disc."""
+    """Write radar sequences in mm/h, a file each, on days a month apart, in the project's HDF5 layout.
+
+    The radar stands south-west of the middle, and its disc leaves the north-eastern corner uncovered.
+
+    Raises:
+        InputError: no sequence.
+    """
+    if sequences < 1:
+        raise InputError(f"{sequences} sequences: needed at least one")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    y, x = np.mgrid[:size, :size] - size / 2
-    uncovered = np.hypot(y, x) > 0.9 * size
+    row, column = np.mgrid[:size, :size] / size
+    uncovered = np.hypot(row - 0.6, column - 0.4) > 0.75
     for number in range(sequences):
         rng = np.random.default_rng([seed, number])
         level = storms(rng, frames, size).astype(np.float32)

@@ -1,0 +1,353 @@
+"""What every training worker runs: the optimiser, its schedule, and the loop over epochs.
+
+The order of windows depends on (seed, epoch) alone and each optimiser step's random numbers on
+(seed, step, rank), so that a run which is killed and resumed takes the same steps as one that is not, and
+the same global batches whatever the number of workers.
+"""
+
+import contextlib
+import math
+import resource
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import ray
+import ray.train
+import ray.train.torch
+import torch
+import torch.distributed
+from torch import Tensor, nn
+
+from earthformer.forecasters import EarthformerForecaster, present
+from earthformer.scores import Contingency, Errors, Nino
+from pipelines import engine, journal, runs, windows
+from pipelines.archives.store import Archive, open_archive
+from pipelines.errors import InputError
+from pipelines.tasks import Task
+from pipelines.windows import Window
+
+
+def accumulation(training: runs.Training, workers: int) -> int:
+    """Micro-batches an optimiser step on each worker.
+
+    Raises:
+        InputError: no workers, or the global batch is no multiple of workers times micro-batch.
+    """
+    if workers < 1:
+        raise InputError(f"{workers} workers asked: needed at least 1")
+    share = training.micro_batch * workers
+    if training.batch_size % share:
+        raise InputError(
+            f"training.batch_size {training.batch_size} is no multiple of {workers} worker(s) times "
+            f"training.micro_batch {training.micro_batch}"
+        )
+    return training.batch_size // share
+
+
+def schedule_steps(training: runs.Training, train_windows: int) -> int:
+    """Optimiser steps over which the learning rate runs its course.
+
+    With `published_schedule` micro-batches are counted as windows, as the published SEVIR runs did: the
+    cosine then ends at about half of the epochs and rises again.
+    """
+    counted = train_windows // training.micro_batch if training.published_schedule else train_windows
+    return int(training.epochs * counted / training.batch_size)
+
+
+def learning_rate(step: int, steps: int, training: runs.Training) -> float:
+    """Linear warm-up from 0, then a cosine down to `min_lr_ratio` (Earthformer, Appendix B).
+
+    Beyond `steps` the rate stays at its floor, unless `published_schedule` lets it rise.
+    """
+    warm = round(training.warmup * steps)
+    peak, floor = training.learning_rate, training.learning_rate * training.min_lr_ratio
+    if step < warm:
+        return peak * step / warm
+    if not training.published_schedule:
+        step = min(step, steps)
+    return floor + (peak - floor) * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm))) / 2
+
+
+def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """No decay for LayerNorm parameters and for names with `bias` (relative position tables included)."""
+    layer_norms = {id(p) for m in module.modules() if isinstance(m, nn.LayerNorm) for p in m.parameters()}
+    named = list(module.named_parameters())
+    free = [p for name, p in named if id(p) in layer_norms or "bias" in name]
+    freed = {id(p) for p in free}
+    decayed = [p for _, p in named if id(p) not in freed]
+    return [{"params": decayed, "weight_decay": weight_decay}, {"params": free, "weight_decay": 0.0}]
+
+
+# ------------------------------------------------------------------------------------------- the loop
+
+
+def work(loop: dict[str, Any]) -> None:
+    """One rank of a Ray Train group: trains from the run's last checkpoint to the end.
+
+    Args:
+        loop: `config` (a `runs.Config` as a dict), `archive` and `run`, URLs that hold on every node.
+
+    Raises:
+        InputError: what `begin` and `Loop.steps` raise; run or archive out of sight from this node.
+    """
+    engine.quiet()
+    context = ray.train.get_context()
+    ranks = Ranks(context.get_world_rank(), context.get_world_size(), ray.train.torch.get_device())
+    if ranks.device.type == "cpu":
+        torch.set_num_threads(max(1, engine.cores() // context.get_local_world_size()))
+    if journal.read_record(loop["run"], "config.json", needs="config_hash") is None:
+        raise InputError(f"{loop['run']} is out of sight from a worker: needed a store that all nodes share")
+    for _ in begin(runs.from_dict(loop["config"]), open_archive(loop["archive"]), loop["run"], ranks).steps():
+        pass
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process's place among all that train one model."""
+
+    rank: int
+    world: int
+    device: torch.device
+
+    def mean(self, value: Tensor) -> float:
+        """Mean of a scalar over the ranks, all of which must call this."""
+        if self.world > 1:
+            torch.distributed.all_reduce(value)
+        return float(value) / self.world
+
+    def gather(self, states: list[Any]) -> list[list[Any]]:
+        """Every rank's states, all of which must call this."""
+        if self.world == 1:
+            return [states]
+        gathered: list[Any] = [None] * self.world
+        torch.distributed.all_gather_object(gathered, states)
+        return gathered
+
+
+def begin(config: runs.Config, archive: Archive, run: str, ranks: Ranks) -> "Loop":
+    """The loop where the run's last checkpoint left it, or at the start.
+
+    Raises:
+        InputError: the checkpoint is damaged or of another model.
+    """
+    torch.manual_seed(config.training.seed)
+    forecaster = EarthformerForecaster(config.model, config.task.scaling)
+    state, optimiser_state = _State(), None
+    records = journal.checkpoints(run)
+    if records:
+        weights, saved = journal.load_checkpoint(run, records[-1])
+        runs.load_weights(forecaster, weights, f"{run}, checkpoint of step {records[-1]['step']},")
+        optimiser_state = saved.pop("optimiser")
+        state = _State(**saved)
+    model: nn.Module = forecaster.to(ranks.device)
+    if ranks.world > 1:
+        # Some published tensors (the last encoder layer's global updates) cannot affect the output.
+        model = ray.train.torch.prepare_model(
+            model, parallel_strategy_kwargs={"find_unused_parameters": True}
+        )
+    optimiser = torch.optim.AdamW(parameter_groups(forecaster, config.training.weight_decay))
+    if optimiser_state is not None:
+        optimiser.load_state_dict(optimiser_state)
+    compiled = torch.compile(model) if config.training.compile else model
+    metrics = journal.Metrics(run, state.step) if ranks.rank == 0 else None
+    return Loop(config, archive, run, ranks, forecaster, compiled, optimiser, state, metrics)
+
+
+@dataclass
+class _State:
+    """Where training stands; saved with every checkpoint, beside the optimiser's own state.
+
+    The schedule and all random numbers follow from `step`.
+    """
+
+    step: int = 0
+    epoch: int = 0
+    step_in_epoch: int = 0
+    best_score: float = -math.inf
+    stale: int = 0
+
+
+@dataclass
+class _Interval:
+    """What has happened since the last line of the metrics."""
+
+    steps: int = 0
+    loss: Tensor | float = 0.0
+    """Sum over the steps."""
+    began: float = field(default_factory=time.perf_counter)
+
+
+@dataclass
+class Loop:
+    """Optimiser steps, with validations, checkpoints and metrics where they are due."""
+
+    config: runs.Config
+    archive: Archive
+    run_url: str
+    ranks: Ranks
+    forecaster: EarthformerForecaster
+    model: Any
+    """The forecaster, in `DistributedDataParallel` and `torch.compile` where they are on."""
+    optimiser: torch.optim.Optimizer
+    state: _State
+    metrics: journal.Metrics | None
+    """On rank 0."""
+
+    def __post_init__(self) -> None:
+        task = self.config.task
+        self.train_windows = windows.enumerate_windows(task, self.archive, "train")
+        self.val_windows = windows.enumerate_windows(task, self.archive, "val")
+        self.epoch_steps = len(self.train_windows) // self.config.training.batch_size
+        self.interval = _Interval()
+        self.last: dict[str, float] = {}
+
+    def steps(self) -> Iterator[int]:
+        """Train to the end; yields each step's number once it, and all that was due after it, is done.
+
+        Raises:
+            InputError: loss, gradient or validation score is no finite number.
+        """
+        training, state = self.config.training, self.state
+        while not self._finished():
+            for batches in self._batches():
+                self._step(batches)
+                state.step_in_epoch += 1
+                if state.step_in_epoch == self.epoch_steps:
+                    state.epoch, state.step_in_epoch = state.epoch + 1, 0
+                    due = state.epoch % training.validate_every == 0 or state.epoch == training.epochs
+                    self._save(self._validate() if due else {})
+                elif training.checkpoint_steps and state.step % training.checkpoint_steps == 0:
+                    self._save({})
+                elif state.step % training.log_steps == 0:
+                    self._log({})
+                yield state.step
+
+    def _finished(self) -> bool:
+        training = self.config.training
+        return self.state.epoch >= training.epochs or self.state.stale >= training.patience
+
+    def _batches(self) -> Iterator[list[dict[str, Tensor]]]:
+        """This rank's micro-batches of each global batch that the epoch has left."""
+        training, ranks = self.config.training, self.ranks
+        order = windows.epoch_order(self.train_windows, training.seed, self.state.epoch)
+        share = training.batch_size // ranks.world
+        mine: list[Window] = []
+        for step in range(self.state.step_in_epoch, self.epoch_steps):
+            first = step * training.batch_size + ranks.rank * share
+            mine += order[first : first + share]
+        batches = windows.batches(self.config.task, self.archive, mine, training.micro_batch, ranks.device)
+        many = accumulation(training, ranks.world)
+        while len(step_batches := [b for _, b in zip(range(many), batches, strict=False)]) == many:
+            yield step_batches
+
+    def _step(self, batches: list[dict[str, Tensor]]) -> None:
+        training, step = self.config.training, self.state.step
+        rate = learning_rate(step, schedule_steps(training, len(self.train_windows)), training)
+        for group in self.optimiser.param_groups:
+            group["lr"] = rate
+        # Dropout's numbers follow from where we are, so that a resumed run repeats them.
+        seeds = np.random.SeedSequence([training.seed, step, self.ranks.rank])
+        torch.manual_seed(int(seeds.generate_state(1)[0]))
+        self.model.train()
+        loss = torch.zeros((), device=self.ranks.device)
+        for i, batch in enumerate(batches):
+            held = self.ranks.world > 1 and i < len(batches) - 1
+            with self.model.no_sync() if held else contextlib.nullcontext():
+                with self._autocast():
+                    part = self.model(batch) / len(batches)
+                part.backward()
+            loss += part.detach()
+        norm = nn.utils.clip_grad_norm_(self.forecaster.parameters(), training.clip_norm)
+        if not torch.isfinite(norm):
+            # Gradients are the same on all ranks, so that all come here.
+            raise InputError(
+                f"training diverged at step {step + 1}: loss {self.ranks.mean(loss):.6g}, gradient norm "
+                f"{float(norm):.6g}; needed finite numbers: try another run with a training.learning_rate "
+                f"below {training.learning_rate:g}"
+            )
+        self.optimiser.step()
+        self.optimiser.zero_grad(set_to_none=True)
+        self.state.step += 1
+        self.interval.steps += 1
+        self.interval.loss += loss
+        self.last = {"grad_norm": float(norm), "learning_rate": rate}
+
+    def _log(self, more: dict[str, float]) -> None:
+        """A line of metrics: the last step's, and means since the last line."""
+        interval, self.interval = self.interval, _Interval()
+        loss = self.ranks.mean(torch.as_tensor(interval.loss) / interval.steps)
+        if self.metrics:
+            seconds = time.perf_counter() - interval.began
+            speed = interval.steps * self.config.training.batch_size / seconds
+            values = {"epoch": self.state.epoch, "loss": loss, **self.last, "windows_per_s": speed, **more}
+            self.metrics.write(self.state.step, values)
+
+    def _save(self, validated: dict[str, float]) -> None:
+        """A checkpoint, and a line of metrics, so that lines are the same however often a run is cut."""
+        self._log(validated)
+        if self.ranks.rank > 0:
+            return
+        record = {
+            "step": self.state.step,
+            "epoch": self.state.epoch,
+            "score": validated.get(self.config.task.monitor),
+            "finished": self._finished(),
+            "peak_rss_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
+        }
+        state = {**vars(self.state), "optimiser": self.optimiser.state_dict()}
+        journal.save_checkpoint(self.run_url, self.forecaster.state_dict(), state, record)
+
+    @torch.inference_mode()
+    def _validate(self) -> dict[str, float]:
+        """Score the validation split; every rank takes its share and gets the scores of all."""
+        task, ranks = self.config.task, self.ranks
+        mine = self.val_windows[ranks.rank :: ranks.world]
+        self.model.eval()
+        states: list[Any] = []
+        done = 0
+        size = self.config.training.micro_batch
+        for batch in windows.batches(task, self.archive, mine, size, ranks.device):
+            count = len(batch["context"])
+            with self._autocast():
+                forecast = self.forecaster.forecast(batch["context"], torch.zeros(count, 1))[:, 0]
+            truth = torch.where(present(batch["target"]), batch["target"].float(), torch.nan)
+            part = validation_states(
+                task, self.archive, mine[done : done + count], forecast.cpu(), truth.cpu()
+            )
+            states = [a + b for a, b in zip(states, part, strict=True)] if states else part
+            done += count
+        shares = [share for share in ranks.gather(states) if share]
+        validated = summarise(task, [sum(parts[1:], parts[0]) for parts in zip(*shares, strict=True)])
+        score = validated[task.monitor]
+        if not math.isfinite(score):
+            raise InputError(
+                f"the validation score {task.monitor} is {score} at step {self.state.step}: needed a finite "
+                "number; is anything observed in the validation split?"
+            )
+        self.state.stale = 0 if score > self.state.best_score else self.state.stale + 1
+        self.state.best_score = max(score, self.state.best_score)
+        return validated
+
+    def _autocast(self) -> torch.autocast:
+        bf16 = self.config.training.precision == "bf16"
+        return torch.autocast(self.ranks.device.type, dtype=torch.bfloat16, enabled=bf16)
+
+
+def validation_states(
+    task: Task, archive: Archive, keys: list[Window], forecast: Tensor, truth: Tensor
+) -> list[Any]:
+    """Score states of some validation windows; forecast and truth (B, T, H, W, 1) in native units."""
+    errors = Errors.of(forecast, truth, scale=task.error_scale)
+    if task.archive == "enso":
+        labels = torch.from_numpy(windows.read_nino(task, archive, keys))
+        return [Nino.of(forecast[..., 0], labels), errors]
+    return [Contingency.of(forecast, truth, thresholds=task.thresholds), errors]
+
+
+def summarise(task: Task, states: list[Any]) -> dict[str, float]:
+    """The monitored score and the MSE of the merged states."""
+    skill, errors = states
+    return {task.monitor: float(skill.result()[task.monitor]), "MSE": float(errors.result()["MSE"])}
