@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from pipelines.errors import InputError
+from pipelines.errors import InputError, boundary_error
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -245,22 +245,6 @@ def main() -> None:
         if cause is None:
             raise
         _fail(str(cause))
-
-
-def boundary_error(error: BaseException | None) -> Exception | None:
-    """The boundary error that Ray wrapped on its way from a worker, if there is one."""
-    seen: set[int] = set()
-    queue = [error]
-    while queue:
-        found = queue.pop()
-        if found is None or id(found) in seen:
-            continue
-        seen.add(id(found))
-        if isinstance(found, InputError) or (isinstance(found, OSError) and found.errno is not None):
-            return found
-        workers = getattr(found, "worker_failures", None) or {}
-        queue += [found.__cause__, found.__context__, getattr(found, "cause", None), *workers.values()]
-    return None
 
 
 def _fail(message: str) -> None:

@@ -3,3 +3,20 @@
 
 class InputError(Exception):
     """Something at the boundary is wrong: the message names what was found and what was needed."""
+
+
+def boundary_error(error: BaseException | None) -> Exception | None:
+    """The boundary error that Ray wrapped on its way from a worker, if there is one."""
+    seen: set[int] = set()
+    queue = [error]
+    while queue:
+        found = queue.pop()
+        if found is None or id(found) in seen:
+            continue
+        seen.add(id(found))
+        if isinstance(found, InputError) or (isinstance(found, OSError) and found.errno is not None):
+            return found
+        workers = getattr(found, "worker_failures", None) or {}
+        wrapped = [getattr(found, name, None) for name in ("cause", "controller_failure")]
+        queue += [found.__cause__, found.__context__, *wrapped, *workers.values()]
+    return None

@@ -159,9 +159,11 @@ def _plan(
 def _check_reach(url: str) -> None:
     if "memory://" in url:
         raise InputError(f"{url} lies in the memory of one process: needed a URL that every worker reaches")
-    fs, path = filesystem(url)
     try:
+        fs, path = filesystem(url)
         fs.exists(path)
+    except InputError:
+        raise
     except Exception as error:  # of as many kinds as there are file systems: no credentials, no such host
         raise InputError(f"{url} cannot be reached: {type(error).__name__}: {error}") from error
 

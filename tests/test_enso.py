@@ -351,6 +351,19 @@ def test_anomalies_of_an_analysis_are_of_its_own_mean_year(tmp_path):
     assert plan.groups[""]["first_month"].values.tolist() == ["1990-03"]
 
 
+def test_cells_are_means_by_area(tmp_path):
+    def south_only(data):
+        return data.assign(sst=data["sst"].where(data["lat"] <= 54, 20).assign_attrs(units="degC"))
+
+    anomaly = analysis(tmp_path / "mine.nc", function=south_only)
+    sst, _ = decoded(enso.plan(str(tmp_path)))[0]["mine"]
+    # The cell from 52.5 to 57.5°N holds half a degree of the pixel at 52, and one of two at 54, 56 and 58.
+    inside = np.array([0.5, 2, 2, 0.5]) * np.cos(np.deg2rad([52, 54, 56, 58]))
+    share = inside[:2].sum() / inside.sum()
+    np.testing.assert_allclose(sst[:, enso.LAT == 55, 0][:, 0], share * anomaly, atol=1e-5)
+    assert share > 0.515
+
+
 def _other_axes(data):
     turned = (
         data.assign_coords(lon=(data["lon"] + 180) % 360 - 180).sortby("lon").sortby("lat", ascending=False)

@@ -277,7 +277,7 @@ def test_the_same_rain_in_any_layout(tmp_path, expected_grid, layout):
 
 
 @pytest.mark.parametrize(
-    "how", ["NETCDF4", "NETCDF3_64BIT", "NETCDF3_CLASSIC", "zarr 2", "zarr 3", "memory", "file url"]
+    "how", ["NETCDF4", "NETCDF3_64BIT", "NETCDF3_CLASSIC", "zarr 2", "zarr 3", "memory", "file url", "cached"]
 )
 def test_any_format_and_url_is_a_source(tmp_path, how):
     source, folder = str(tmp_path / "raw"), tmp_path / "raw"
@@ -289,8 +289,10 @@ def test_any_format_and_url_is_a_source(tmp_path, how):
     if how == "memory":
         fsspec.filesystem("memory").put(f"{folder}/", "/test_radar/", recursive=True)
         source = "memory://test_radar"
-    if how == "file url":
+    if how in ("file url", "cached"):
         source = f"file://{folder}"
+    if how == "cached":
+        source = f"simplecache::{source}/mine.nc"
     rates, bad = decoded(radar.plan(source))
     assert bad == []
     np.testing.assert_array_equal(rates["mine"], EXPECTED)

@@ -301,6 +301,17 @@ def test_tiles_are_those_that_are_covered_and_come_in_order(showers):
     assert {key.tile[0] for key in enumerate_windows(loose, showers, "train")} == {0, 4, 8}
 
 
+def test_the_target_is_covered_as_well(tmp_path):
+    rate = np.full((4, 8, 16), 500)
+    rate[3, 0, 0] = 65535
+    for day in (1, 2, 3):
+        sequence(tmp_path / "raw", f"s{day}", f"2016-05-0{day}T10:00", rate)
+    archive = built(radar.plan(str(tmp_path / "raw")), str(tmp_path / "a.zarr"))
+    for cover, columns in ((1.0, [8]), (255 / 256, [0, 8]), (0.0, [0, 8])):
+        task = dataclasses.replace(SMALL, tiles=Tiles(size=8, stride=8, min_cover=cover))
+        assert [key.tile[1] for key in enumerate_windows(task, archive, "test")] == columns
+
+
 def test_rain_is_looked_for_in_the_context_alone(tmp_path):
     wet = np.zeros((4, 8, 32), int)
     wet[:2, :4, 0:8] = 10  # half of the first tile, in the context: exactly 0.1 mm/h
@@ -571,7 +582,9 @@ def test_packed_modalities_are_unpacked(modalities):
 
 
 @pytest.mark.parametrize("size", [1, 3, 16, 23, 40])
-def test_batches_are_what_is_read_in_order(ray_cluster, modalities, size):
+def test_batches_are_what_is_read_in_order(ray_cluster, modalities, size, monkeypatch):
+    # Many tasks, which finish as they like.
+    monkeypatch.setattr(windows, "READ_WINDOWS", 1)
     keys = [
         Window(str(event), start) for event in modalities.root["event"].values for start in range(0, 24, 4)
     ][:23]

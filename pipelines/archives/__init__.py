@@ -104,6 +104,14 @@ def filesystem(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
         raise InputError(f"{url} cannot be opened: {why(error)}; needed a path or an fsspec URL") from error
 
 
+def join(folder: str, name: str) -> str:
+    """The URL of a file in a folder, which of a chain, such as `zip://folder::raw.zip`, is the first link."""
+    first, separator, rest = folder.partition("::")
+    if separator and "://" not in first:
+        return f"{first}::{join(rest, name)}"
+    return f"{first if first.endswith('://') else first.rstrip('/') + '/'}{name}{separator}{rest}"
+
+
 @contextmanager
 def readable(url: str) -> Iterator[str | BinaryIO]:
     """The path of a local file, or a file object that fetches of a remote one only what is read."""

@@ -8,7 +8,7 @@ from functools import reduce
 import pandas as pd
 import pyproj
 
-from pipelines.archives import filesystem, why
+from pipelines.archives import filesystem, join, why
 from pipelines.errors import InputError
 
 PROJ = "+proj=laea +lat_0=38 +lon_0=-98 +units=m +a=6370997.0 +ellps=sphere"
@@ -38,7 +38,7 @@ def read_catalog(source: str) -> pd.DataFrame:
     Raises:
         InputError: no catalogue, one without a column that is needed, or one with days before months.
     """
-    url = source if source.endswith(".csv") else f"{source.rstrip('/')}/CATALOG.csv"
+    url = source if source.endswith(".csv") else join(source, "CATALOG.csv")
     fs, path = filesystem(url)
     try:
         text = fs.cat_file(path)
@@ -46,8 +46,7 @@ def read_catalog(source: str) -> pd.DataFrame:
         found = "is absent" if isinstance(error, FileNotFoundError) else f"cannot be read ({why(error)})"
         raise InputError(f"{url} {found}: needed the SEVIR folder, of CATALOG.csv and data/") from error
     try:
-        # utf-8-sig also eats the byte-order mark that spreadsheets write.
-        raw = pd.read_csv(io.BytesIO(text), encoding="utf-8-sig", dtype=str)
+        raw = pd.read_csv(io.BytesIO(text), dtype=str)
     except (UnicodeDecodeError, pd.errors.ParserError, pd.errors.EmptyDataError) as error:
         raise InputError(f"{url} is not a CSV table: {why(error)}") from error
     absent = [name for name in NEEDED if name not in raw.columns]

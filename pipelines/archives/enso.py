@@ -14,7 +14,7 @@ import dask.array
 import numpy as np
 import xarray as xr
 
-from pipelines.archives import UNREADABLE, Bad, BrokenFile, Plan, Region, filesystem, open_netcdf, why
+from pipelines.archives import UNREADABLE, Bad, BrokenFile, Plan, Region, filesystem, join, open_netcdf, why
 from pipelines.errors import InputError
 
 LAT = np.arange(-55.0, 61.0, 5.0)
@@ -65,7 +65,7 @@ def plan(source: str) -> Plan:
     broken = []
     for name in sorted(n for n in names - known if n.endswith((".nc", ".nc4")) and not n.startswith(".")):
         try:
-            with open_netcdf(f"{folder}/{name}") as data:
+            with open_netcdf(join(folder, name)) as data:
                 months, first = _calendar(_sst(data))
         except UNREADABLE as error:
             broken.append(BrokenFile(name, why(error)))
@@ -137,7 +137,7 @@ def _rows(folder: str, kind: str, names: set[str]) -> tuple[int, dict[str, Any]]
         if name not in names:
             raise InputError(f"{folder}/{name} is absent: needed beside {kind}_train.nc")
         try:
-            with open_netcdf(f"{folder}/{name}") as data:
+            with open_netcdf(join(folder, name)) as data:
                 shapes[part] = _row_variable(data, variable).shape
                 attrs |= data.attrs if part == "train" else {}
         except UNREADABLE as error:
@@ -197,11 +197,11 @@ class EnsoShard:
 
     def _read(self) -> tuple[np.ndarray, np.ndarray]:
         if self.file not in ("CMIP", "SODA"):
-            return observed(f"{self.folder}/{self.file}")
+            return observed(join(self.folder, self.file))
         first, last = self.rows
-        with open_netcdf(f"{self.folder}/{self.file}_train.nc") as data:
+        with open_netcdf(join(self.folder, f"{self.file}_train.nc")) as data:
             sst = unfold(_row_variable(data, "sst")[first:last].values.astype(np.float32))
-        with open_netcdf(f"{self.folder}/{self.file}_label.nc") as data:
+        with open_netcdf(join(self.folder, f"{self.file}_label.nc")) as data:
             nino = unfold(_row_variable(data, "nino")[first:last].values.astype(np.float32))
         # Land is 0 in some copies and NaN in others; the published loader takes NaN as 0.
         sst = np.where(np.isnan(sst), np.float32(0), sst)

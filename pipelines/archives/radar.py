@@ -26,6 +26,7 @@ from pipelines.archives import (
     Region,
     filesystem,
     first_bytes,
+    join,
     open_netcdf,
     readable,
     why,
@@ -124,7 +125,8 @@ def _frames_each(sequence: Sequence, shard_mb: int) -> int:
 
 
 def _file(url: str) -> str:
-    return url.rstrip("/").rpartition("/")[2]
+    link = next((link for link in url.split("::") if "://" in link), url)
+    return link.rstrip("/").rpartition("/")[2]
 
 
 def _files(source: str) -> list[str]:
@@ -139,7 +141,7 @@ def _files(source: str) -> list[str]:
     names = [name for name in names if name.endswith(SUFFIXES) and not _file(name).startswith(".")]
     if not names:
         raise InputError(f"{source} holds no {', '.join(SUFFIXES)}: needed radar sequences")
-    return [fs.unstrip_protocol(name) if "://" in source else name for name in names]
+    return [join(source, _file(name)) for name in names]
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ import pandas as pd
 import pyproj
 import xarray as xr
 
-from pipelines.archives import UNREADABLE, Bad, Plan, Region, readable, why
+from pipelines.archives import UNREADABLE, Bad, Plan, Region, join, readable, why
 from pipelines.archives.catalog import NEEDED, NUMBERS, TEXTS, left_out, read_catalog, select
 from pipelines.errors import InputError
 
@@ -326,7 +326,7 @@ class SevirShard:
     ) -> Iterator[tuple[int, str, np.ndarray | str]]:
         """(place in the shard, event id, frames (time, y, x) or why there are none)."""
         try:
-            with readable(f"{self.source}/data/{file_name}") as opened, h5py.File(opened, "r") as file:
+            with readable(join(self.source, f"data/{file_name}")) as opened, h5py.File(opened, "r") as file:
                 for place, event, index in rows:
                     try:
                         found: np.ndarray | str = self._event(file, name, event, index)
