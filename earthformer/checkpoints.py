@@ -38,7 +38,7 @@ def load_weights(model: Earthformer, state_dict: Mapping[str, Tensor]) -> None:
     """Fill `model` from a state dict with published key names, converted to the model's own type.
 
     The published models also store which row of the bias table each pair of tokens reads
-    (`relative_position_index`); it is compared with what the model works out itself.
+    (`relative_position_index`); it must be there, and is compared with what the model works out itself.
 
     Raises:
         ValueError: a key that is missing, surplus or of another shape, or another index; all are named.
@@ -56,7 +56,8 @@ def load_weights(model: Earthformer, state_dict: Mapping[str, Tensor]) -> None:
             faults.append(f"{published} has shape {tuple(tensor.shape)}: needed {tuple(needed[key].shape)}")
         found[key] = tensor
     single = len(model.config.stem) == 1
-    faults += [f"{published_key(key, single)} is missing" for key in needed if key not in found]
+    indices = [f"{name}{_INDEX}" for name, module in model.named_modules() if _table_size(module) is not None]
+    faults += [f"{published_key(key, single)} is missing" for key in (*needed, *indices) if key not in found]
     if faults:
         raise ValueError("state dict does not fit: " + "; ".join(faults))
     model.load_state_dict({key: tensor for key, tensor in found.items() if key in needed})
@@ -79,10 +80,16 @@ def published_key(key: str, single_stage: bool) -> str:
 
 
 def _index_faults(model: nn.Module, path: str, published: str, tensor: Tensor) -> list[str]:
-    size = getattr(dict(model.named_modules()).get(path), "table_size", None)
+    size = _table_size(dict(model.named_modules()).get(path))
     if size is None:
         return [f"{published} is surplus"]
     index = relative_position_index(size)
     if tensor.shape != index.shape:
         return [f"{published} has shape {tuple(tensor.shape)}: needed {tuple(index.shape)}"]
     return [] if torch.equal(tensor.cpu().long(), index) else [f"{published} holds another order of tokens"]
+
+
+def _table_size(module: nn.Module | None) -> tuple[int, int, int] | None:
+    """Extent of the bias table of an attention layer with relative positions; None of any other module."""
+    size: tuple[int, int, int] | None = getattr(module, "table_size", None)
+    return size if hasattr(module, "relative_position_bias_table") else None

@@ -70,7 +70,9 @@ class EarthformerForecaster(nn.Module):
 
         The mean runs over all pixels, so that it splits exactly over workers and micro-batches.
         """
-        return _squared_error(self.network(_scaled(batch["context"], self.scaling)), batch["target"], self.scaling)
+        return _squared_error(
+            self.network(_scaled(batch["context"], self.scaling)), batch["target"], self.scaling
+        )
 
     @torch.inference_mode()
     def forecast(self, context: Tensor, seeds: Tensor) -> Tensor:

@@ -14,9 +14,11 @@ def boundary_error(error: BaseException | None) -> Exception | None:
         if found is None or id(found) in seen:
             continue
         seen.add(id(found))
-        if isinstance(found, InputError) or (isinstance(found, OSError) and found.errno is not None):
-            return found
         workers = getattr(found, "worker_failures", None) or {}
         wrapped = [getattr(found, name, None) for name in ("cause", "controller_failure")]
+        # Ray's wrapper is of the class of what it wraps, but its message is a traceback.
+        ours = isinstance(found, InputError) or (isinstance(found, OSError) and found.errno is not None)
+        if ours and not any(wrapped):
+            return found
         queue += [found.__cause__, found.__context__, *wrapped, *workers.values()]
     return None

@@ -17,7 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from earthformer.forecasters import EarthformerForecaster
 from pipelines import engine, journal, loop, runs, windows
 from pipelines.archives.store import Archive, open_archive
-from pipelines.errors import InputError
+from pipelines.errors import InputError, boundary_error
 
 
 @dataclass(frozen=True)
@@ -129,21 +129,22 @@ def _fit(
         try:
             trainer.fit()
         except ray.train.ControllerError as error:
-            if _hopeless(error.controller_failure):
-                raise error.controller_failure from error
-            raise
+            raise _hopeless(error) or error from error
 
 
 class _GiveUp(ray.train.UserCallback):
     """Ends a run that would fail again in the same way, without the restarts that others get."""
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
-        for error in filter(_hopeless, worker_exceptions.values()):
+        for error in filter(None, map(_hopeless, worker_exceptions.values())):
             raise error
 
 
-def _hopeless(error: Exception) -> bool:
-    return isinstance(error, InputError) or getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
+def _hopeless(error: Exception) -> Exception | None:
+    """What is wrong with the input or the disk, if that is what a worker failed of."""
+    cause = boundary_error(error)
+    full = getattr(cause, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
+    return cause if isinstance(cause, InputError) or full else None
 
 
 def _resources(workers: int, gpu: bool) -> dict[str, float]:

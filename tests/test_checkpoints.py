@@ -69,12 +69,12 @@ def test_every_fault_is_named(parity):
         ({"z_proj.bias": torch.ones(3)}, r"z_proj.bias has shape \(3,\): needed \(128,\)"),
         ({index: weights[index][:2]}, r"relative_position_index has shape \(2, 12\): needed \(12, 12\)"),
         ({index: weights[index].flip(0)}, "relative_position_index holds another order"),
+        ({index: None}, "encoder.blocks.0.0.attn_l.0.relative_position_index is missing"),
     ):
         changed = {key: tensor for key, tensor in {**weights, **change}.items() if tensor is not None}
         with pytest.raises(ValueError, match=message):
             load_published("earthformer_enso", changed)
-    without = {key: tensor for key, tensor in weights.items() if not key.endswith("relative_position_index")}
-    load_published("earthformer_enso", without)
+    load_published("earthformer_enso", weights)
 
 
 def test_an_unknown_name_is_named():

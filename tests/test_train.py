@@ -1,14 +1,93 @@
 """Training: the schedule, what is decayed, and that kills and worker counts change nothing."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
+import safetensors.torch
+import torch
+import yaml
 from torch import nn
 
-from pipelines import runs
+from earthformer.config import PRESETS
+from earthformer.forecasters import EarthformerForecaster
+from pipelines import journal, runs
+from pipelines.archives import store, synthetic
 from pipelines.errors import InputError
-from pipelines.train import accumulation, learning_rate, parameter_groups, schedule_steps
+from pipelines.loop import Ranks, accumulation, begin, learning_rate, parameter_groups, schedule_steps
+from pipelines.prepare import prepare
+from pipelines.train import train
+
+ALONE = Ranks(0, 1, torch.device("cpu"))
+OVERLAY = {
+    "task": {"context": 3, "target": 2, "stride": [22, 22, 22]},
+    "model": {
+        "context": [3, 48, 48, 1],
+        "target": [2, 48, 48, 1],
+        "widths": [16, 32],
+        "stem": [{"width": 16, "scale": [1, 4, 4], "convs": 1}],
+    },
+    "training": {"batch_size": 4, "micro_batch": 2, "epochs": 3, "checkpoint_steps": 3, "log_steps": 1},
+}
+STEPS = 12
+"""Three epochs of four steps: 18 training windows, of which 16 make whole batches."""
+
+
+def small(**training) -> runs.Config:
+    """A model and a task of a few seconds."""
+    overlay = {**OVERLAY, "training": {**OVERLAY["training"], **training}}
+    return runs.resolve("sevir", "earthformer_sevir_tiny", overlay)
+
+
+@pytest.fixture(scope="module")
+def archive(tmp_path_factory, ray_cluster) -> str:
+    folder = tmp_path_factory.mktemp("train")
+    synthetic.write_sevir(folder / "raw", events=10, seed=1, size=48)
+    prepare("sevir", str(folder / "raw"), str(folder / "archive.zarr"), progress=False)
+    return str(folder / "archive.zarr")
+
+
+def begun(config: runs.Config, archive: str, run: str):
+    """The training loop in this process, as one rank of one."""
+    runs.start(run, config, {"archive_hash": store.open_archive(archive).config_hash})
+    return begin(config, store.open_archive(archive), run, ALONE)
+
+
+def outcome(run: str) -> tuple[dict[str, torch.Tensor], list[dict[str, float]]]:
+    """Weights of the last checkpoint, and the metrics that do not depend on the clock."""
+    weights, _ = journal.load_checkpoint(run, journal.checkpoints(run)[-1])
+    lines = [
+        {name: value for name, value in line.items() if name != "windows_per_s"}
+        for line in journal.read_metrics(run)
+    ]
+    return weights, lines
+
+
+def same(found, needed, tolerance: float) -> None:
+    """The same weights and metrics, up to a relative tolerance."""
+    weights, lines = found
+    torch.testing.assert_close(weights, needed[0], rtol=tolerance, atol=tolerance)
+    assert len(lines) == len(needed[1])
+    for line, other in zip(lines, needed[1], strict=True):
+        assert line == pytest.approx(other, rel=tolerance, abs=1e-9)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory, archive):
+    """URL of a run that was trained in one go, by one rank."""
+    run = str(tmp_path_factory.mktemp("undisturbed") / "run")
+    assert list(begun(small(), archive, run).steps()) == list(range(1, STEPS + 1))
+    return run
+
+
+# ------------------------------------------------------------------------------------------- schedules
 
 
 @pytest.mark.parametrize("name", ["sevir", "enso"])
@@ -56,3 +135,201 @@ def test_a_batch_that_does_not_divide_is_refused():
     with pytest.raises(InputError, match=r"batch_size 32 is no multiple of 3 worker\(s\) times .* 2"):
         accumulation(runs.Training(), 3)
     assert accumulation(runs.Training(), 2) == 8
+
+
+def test_what_is_decayed_of_the_published_model():
+    forecaster = EarthformerForecaster(PRESETS["earthformer_enso"], runs.resolve("enso").task.scaling)
+    decayed, free = ({id(p) for p in group["params"]} for group in parameter_groups(forecaster, 0.1))
+    names = {name.removeprefix("network."): id(p) for name, p in forecaster.named_parameters()}
+    assert decayed | free == set(names.values())
+    attention = "encoder.blocks.0.0.attn_l.0."
+    for name in (
+        attention + "qkv.weight",
+        "initial_encoder.conv_block_list.0.1.weight",
+        "enc_pos_embed.T_embed.weight",
+    ):
+        assert names[name] in decayed, name
+    for name in (attention + "relative_position_bias_table", attention + "norm.weight", "z_proj.bias"):
+        assert names[name] in free, name
+
+
+# --------------------------------------------------------------------------------------------- the loop
+
+
+def test_what_a_run_leaves(undisturbed):
+    lines = journal.read_metrics(undisturbed)
+    assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
+    assert [line["step"] for line in lines if "CSI-M" in line] == [4, 8, 12]
+    assert lines[0]["learning_rate"] == 0
+    assert all(line["windows_per_s"] > 0 for line in lines)
+    assert any((Path(undisturbed) / "tensorboard").iterdir())
+    records = journal.checkpoints(undisturbed)
+    assert records[-1]["step"] == STEPS
+    assert records[-1]["finished"]
+    assert 1 <= len(records) <= 2
+    scores = {line["step"]: line["CSI-M"] for line in lines if "CSI-M" in line}
+    assert journal.best(records)["score"] == max(scores.values())
+
+
+@pytest.mark.parametrize("cuts", [(2,), (3, 4), (1, 7, 11)])
+def test_a_run_cut_at_any_step_ends_as_an_undisturbed_one(tmp_path, archive, undisturbed, cuts):
+    run = str(tmp_path / "run")
+    for cut in cuts:
+        for step in begun(small(), archive, run).steps():
+            if step == cut:
+                break
+    *_, last = begun(small(), archive, run).steps()
+    assert last == STEPS
+    same(outcome(run), outcome(undisturbed), 0.0)
+
+
+def test_training_stops_when_nothing_gets_better(tmp_path, archive):
+    config = small(learning_rate=1e-12, epochs=9, patience=2)
+    # The first validation is the best, the next two are no better.
+    assert list(begun(config, archive, str(tmp_path / "run")).steps())[-1] == 3 * 4
+    assert not list(begun(config, archive, str(tmp_path / "run")).steps())
+
+
+def test_validation_can_be_seldom(tmp_path, archive):
+    run = str(tmp_path / "run")
+    list(begun(small(validate_every=2), archive, run).steps())
+    validated = [line["step"] for line in journal.read_metrics(run) if "CSI-M" in line]
+    assert validated == [8, 12]
+
+
+def test_a_diverging_run_says_so_and_spoils_nothing(tmp_path, archive):
+    run = str(tmp_path / "run")
+    loop = begun(small(checkpoint_steps=1), archive, run)
+    steps = loop.steps()
+    assert [next(steps), next(steps)] == [1, 2]
+    with torch.no_grad():
+        loop.forecaster.network.dec_final_proj.bias.fill_(torch.nan)
+    with pytest.raises(InputError, match=r"diverged at step 3: loss nan.*learning_rate below 0.002"):
+        next(steps)
+    weights, _ = outcome(run)
+    assert all(bool(torch.isfinite(w).all()) for w in weights.values())
+
+
+def test_bfloat16_learns_as_float32_does(tmp_path, archive, undisturbed):
+    run = str(tmp_path / "run")
+    list(begun(small(precision="bf16"), archive, run).steps())
+    rough, exact = (journal.read_metrics(url)[-1]["loss"] for url in (run, undisturbed))
+    assert rough == pytest.approx(exact, rel=0.05)
+    assert rough != exact
+
+
+def test_a_damaged_checkpoint_is_named(tmp_path, archive):
+    run = str(tmp_path / "run")
+    next(begun(small(checkpoint_steps=1), archive, run).steps())
+    (file,) = (tmp_path / "run" / "checkpoints").rglob("weights.safetensors")
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(InputError, match=r"weights.safetensors has SHA-256 \w+, recorded is \w+"):
+        begun(small(checkpoint_steps=1), archive, run)
+
+
+# -------------------------------------------------------------------------------------------- Ray Train
+
+
+def test_two_workers_take_the_steps_of_one(tmp_path, archive, undisturbed):
+    run = str(tmp_path / "run")
+    trained = train(small(), archive, run, workers=2, progress=False)
+    assert trained.record["steps"] == STEPS
+    same(outcome(run), outcome(undisturbed), 2e-3)
+    losses = [[line["loss"] for line in journal.read_metrics(url)] for url in (run, undisturbed)]
+    np.testing.assert_allclose(*losses, rtol=1e-4)
+
+    opened = runs.open_run(run)
+    weights = safetensors.torch.load_file(Path(run) / "weights.safetensors")
+    forecaster = opened.forecaster()
+    assert set(weights) == set(EarthformerForecaster(small().model, small().task.scaling).state_dict())
+    assert forecaster.forecast(torch.zeros(1, 3, 48, 48, 1, dtype=torch.uint8), torch.zeros(1, 1)).shape == (
+        (1, 1, 2, 48, 48, 1)
+    )
+    # The same call finds it done.
+    written = (Path(run) / "run.json").stat().st_mtime_ns
+    assert train(small(), archive, run, workers=2, progress=False).record == trained.record
+    assert (Path(run) / "run.json").stat().st_mtime_ns == written
+
+
+def test_a_killed_worker_and_a_killed_driver_lose_nothing(tmp_path, archive, undisturbed):
+    run, overlay = tmp_path / "run", tmp_path / "overlay.yaml"
+    overlay.write_text(yaml.safe_dump(OVERLAY))
+    command = [sys.executable, "-m", "pipelines.cli", "train", "earthformer", "--task", "sevir"]
+    command += ["--preset", "earthformer_sevir_tiny", "--config", str(overlay)]
+    command += ["--archive", archive, "--run", str(run)]
+    # Its own cluster, not the suite's.
+    environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
+
+    def started() -> subprocess.Popen:
+        return subprocess.Popen(
+            command, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True
+        )
+
+    process = started()
+    wait_for_step(run, process, 3)
+    workers = [
+        p
+        for p in psutil.Process(process.pid).children(recursive=True)
+        if "RayTrainWorker" in p.name() or any("RayTrainWorker" in part for part in p.cmdline())
+    ]
+    assert workers
+    for worker in workers:
+        worker.kill()
+    wait_for_step(run, process, 7)
+    family = [process, *psutil.Process(process.pid).children(recursive=True)]
+    os.killpg(process.pid, signal.SIGKILL)
+    for member in family[1:]:
+        if member.is_running():
+            member.kill()
+    process.wait()
+    assert not (run / "run.json").exists()
+
+    process = started()
+    _, said = process.communicate(timeout=300)
+    assert process.returncode == 0, said
+    assert "Traceback" not in said
+    assert json.loads((run / "run.json").read_text())["steps"] == STEPS
+    same(outcome(str(run)), outcome(undisturbed), 2e-3)
+
+
+def wait_for_step(run: Path, process: subprocess.Popen, step: int) -> None:
+    """Return as soon as the run has a checkpoint of that step or later."""
+    deadline = time.monotonic() + 200
+    while time.monotonic() < deadline:
+        records = journal.checkpoints(str(run))
+        if records and records[-1]["step"] >= step:
+            assert not records[-1]["finished"], "too fast to be killed"
+            return
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.02)
+    raise AssertionError(f"no checkpoint of step {step}")
+
+
+# -------------------------------------------------------------------------------------------- bad input
+
+
+def test_what_cannot_be_trained_is_said_before_ray_starts(tmp_path, archive):
+    run = str(tmp_path / "run")
+    for overlay, message in (
+        ({"training": {"batch_size": 20, "micro_batch": 2}}, "has 18 training windows: .* 20 needs"),
+        (
+            {"model": {"context": [3, 96, 96, 1], "target": [2, 96, 96, 1]}},
+            r"\(3, 48, 48, 1\).*\(3, 96, 96, 1\)",
+        ),
+        ({"task": {"splits": {"val_from": "2019-05-30"}}}, "no val windows"),
+    ):
+        merged = {section: {**OVERLAY[section], **overlay.get(section, {})} for section in OVERLAY}
+        with pytest.raises(InputError, match=message):
+            train(runs.resolve("sevir", "earthformer_sevir_tiny", merged), archive, run)
+    with pytest.raises(InputError, match="is a sevir archive: task enso needs enso"):
+        train(runs.resolve("enso"), archive, run)
+    assert not Path(run).exists()
+
+
+def test_a_run_of_another_archive_is_refused(tmp_path, archive):
+    run = str(tmp_path / "run")
+    runs.start(run, small(), {"archive_hash": "0123456789abcdef"})
+    with pytest.raises(InputError, match=f"0123456789abcdef.*{store.open_archive(archive).config_hash}"):
+        train(small(), archive, run)

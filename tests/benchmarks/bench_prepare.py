@@ -3,9 +3,9 @@
     python tests/benchmarks/bench_prepare.py [--mb 1000] [--workers 2] [--repeats 3] [--folder FOLDER]
 
 The raw archive is synthetic SEVIR VIL in the real layout, written once (and kept in FOLDER, if one is given).
-Both ways inflate its HDF5, turn each event to (time, y, x) and write shards of the same Zarr array, by as many
-processes, taken in turn; processes are started, and have imported what they need, before the clock runs. Speed
-is in decoded pixels (one byte each); memory is the peak of a worker's resident set over its life.
+Both ways inflate its HDF5, turn each event to (time, y, x) and write shards of the same Zarr array, by as
+many processes, taken in turn; processes are started, and have imported what they need, before the clock runs.
+Speed is in decoded pixels (one byte each); memory is the peak of a worker's resident set over its life.
 """
 
 import argparse
