@@ -16,9 +16,9 @@ def boundary_error(error: BaseException | None) -> Exception | None:
         seen.add(id(found))
         workers = getattr(found, "worker_failures", None) or {}
         wrapped = [getattr(found, name, None) for name in ("cause", "controller_failure")]
+        numbered = getattr(found, "errno", 0) is not None
         # Ray's wrapper is of the class of what it wraps, but its message is a traceback.
-        ours = isinstance(found, InputError) or (isinstance(found, OSError) and found.errno is not None)
-        if ours and not any(wrapped):
+        if isinstance(found, InputError | OSError) and numbered and not any(wrapped):
             return found
         queue += [found.__cause__, found.__context__, *wrapped, *workers.values()]
     return None

@@ -129,7 +129,10 @@ def _fit(
         try:
             trainer.fit()
         except ray.train.ControllerError as error:
-            raise _hopeless(error) or error from error
+            cause = _hopeless(error)
+            if cause is None:
+                raise
+            raise cause from error
 
 
 class _GiveUp(ray.train.UserCallback):
