@@ -214,6 +214,9 @@ class EarthformerConfig:
     global_vectors: GlobalVectors = field(default_factory=GlobalVectors)
     norm: Norm = "layer_norm"
     positions: Positions = "t+h+w"
+    from_last_frame: bool = False
+    """Add what the network makes to the context's last frame, which an untrained network then repeats. Not
+    in the paper: where data and steps are few, little is left to learn but change."""
 
     def __post_init__(self) -> None:
         for name, shape in (("context", self.context), ("target", self.target)):
@@ -270,6 +273,8 @@ class EarthformerConfig:
             ("feed_forward.dropout", self.feed_forward.dropout),
         ):
             _need(0 <= rate < 1, name, rate, "a rate from 0 to below 1")
+        alike = not self.from_last_frame or self.target[3] == self.context[3]
+        _need(alike, "target channels", self.target[3], f"{self.context[3]}, as from_last_frame adds to them")
         start, levels = self.decoder.cross_start, len(self.widths)
         _need(0 <= start < levels, "decoder.cross_start", start, f"a level from 0 to {levels - 1}")
         last = self.decoder.cross_last_frames
@@ -352,6 +357,8 @@ PRESETS: dict[str, EarthformerConfig] = {
         target=(12, 128, 128, 1),
         stem=(StemStage(32, (1, 2, 2)), StemStage(128, (1, 2, 2))),
     ),
-    "earthformer_radar_tiny": replace(_TINY, context=(12, 128, 128, 1), target=(12, 128, 128, 1)),
+    "earthformer_radar_tiny": replace(
+        _TINY, context=(12, 128, 128, 1), target=(12, 128, 128, 1), from_last_frame=True
+    ),
 }
 """Gao et al. (2022) published `earthformer_sevir` (8,659,677 parameters), `earthformer_enso` (1,394,325)."""

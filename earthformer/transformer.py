@@ -252,6 +252,8 @@ class Earthformer(nn.Module):
         self.initial_encoder = InitialEncoder(config.context[3], config.stem, activation, padding)
         self.final_decoder = FinalDecoder(config.stem, config.stem_shapes, activation)
         self.dec_final_proj = Projection(config.stem[0].width, config.target[3])
+        if config.from_last_frame:
+            nn.init.zeros_(self.dec_final_proj.weight)
         self.encoder = MemoryEncoder(config)
         self.enc_pos_embed = PositionEmbedding(finest, config.positions)
         self.z_proj = Projection(top[3], top[3])
@@ -270,7 +272,7 @@ class Earthformer(nn.Module):
         memories, global_memories = self.encode(x)
         x = self.decoder(self.initial(memories[-1]), memories, global_memories)
         y: Tensor = self.final_decoder(x, self.dec_final_proj)
-        return y
+        return y + context[:, -1:] if self.config.from_last_frame else y
 
     def encode(self, x: Tensor, last_update: bool = False) -> tuple[list[Tensor], list[Tensor | None]]:
         """Memory and global vectors of each level for tokens `x` (B, T, H, W, C) with their positions.

@@ -2,11 +2,12 @@
 
 import pickle
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import pyarrow as pa
 import ray
 import ray.data
 
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
     from pipelines.tasks import Task
 
 KINDS = ("sevir", "sevir-lr", "enso", "radar")
+MOST_SHARDS = 8
+"""Of a task; a worker that is killed does them again."""
 _SCRATCH = "memory://earthformer-estimate"
 
 
@@ -200,15 +203,27 @@ def _write_all(
     context = ray.data.DataContext.get_current()
     context.execution_options.preserve_order = False
     # A shard travels with its row, and not all of them with the function that every task loads.
-    rows = [{"number": number, "shard": pickle.dumps(plan.shards[number])} for number in pending]
-    written = ray.data.from_items(rows, override_num_blocks=len(rows)).map(
+    tasks = [
+        pa.table({"number": numbers, "shard": [pickle.dumps(plan.shards[n]) for n in numbers]})
+        for numbers in _tasks(pending, workers or int(ray.cluster_resources()["CPU"]))
+    ]
+    written = ray.data.from_arrow(tasks).map(
         partial(_write_shard, archive=archive, strict=strict),
         num_cpus=1,
         memory=memory_mb * 1_000_000 if memory_mb else None,
         concurrency=workers,
     )
-    for _ in engine.track(written, len(rows), "prepare: shards", progress):
+    for _ in engine.track(written, len(pending), "prepare: shards", progress):
         pass
+
+
+def _tasks(pending: Sequence[int], workers: int) -> Iterator[Sequence[int]]:
+    """Shards task by task: several at first, since Ray Data looks for free workers ten times a second only,
+    and single ones at last, so that all workers end at about the same time."""
+    while pending:
+        size = min(MOST_SHARDS, -(-len(pending) // (2 * workers)))
+        yield pending[:size]
+        pending = pending[size:]
 
 
 def _write_shard(row: dict[str, Any], archive: str, strict: bool) -> dict[str, Any]:

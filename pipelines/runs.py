@@ -20,6 +20,7 @@ import safetensors.torch
 import torch
 import yaml
 from pydantic import TypeAdapter, ValidationError
+from torch import Tensor, nn
 
 from earthformer.config import PRESETS, EarthformerConfig
 from earthformer.forecasters import EarthformerForecaster, Persistence
@@ -89,7 +90,7 @@ TRAINING: dict[str, Training] = {
     "earthformer_enso_tiny": _TINY,
     "earthformer_sevir_tiny": dataclasses.replace(_TINY, batch_size=4, micro_batch=2),
     "earthformer_sevir_lr_tiny": dataclasses.replace(_TINY, epochs=16),
-    "earthformer_radar_tiny": _TINY,
+    "earthformer_radar_tiny": dataclasses.replace(_TINY, epochs=12),
 }
 """How each model preset is trained; those not named here as SEVIR was published."""
 
@@ -312,17 +313,24 @@ def persistence(task: Task) -> Persistence:
     return Persistence(task.target, task.scaling)
 
 
-def load_weights(module: Any, state_dict: dict[str, Any], source: str) -> None:
+def load_weights(module: nn.Module, state_dict: dict[str, Tensor], source: str) -> None:
     """Strictly load weights.
 
     Raises:
         InputError: a missing, surplus or misshapen tensor, named.
     """
-    try:
-        module.load_state_dict(state_dict, strict=True)
-    except RuntimeError as error:
-        lines = [line.strip() for line in str(error).splitlines()[1:]]
-        raise InputError(f"{source} is of another model: {'; '.join(lines)[:300]}") from error
+    needed = module.state_dict()
+    faults = [f"{key} is missing" for key in needed.keys() - state_dict.keys()]
+    faults += [f"{key} is surplus" for key in state_dict.keys() - needed.keys()]
+    faults += [
+        f"{key} has shape {tuple(state_dict[key].shape)}: needed {tuple(tensor.shape)}"
+        for key, tensor in needed.items()
+        if key in state_dict and state_dict[key].shape != tensor.shape
+    ]
+    if faults:
+        more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
+        raise InputError(f"{source} is of another model: {min(faults)}{more}")
+    module.load_state_dict(state_dict)
 
 
 def _overlay(base: dict[str, Any], overlay: dict[str, Any], place: str) -> dict[str, Any]:

@@ -189,7 +189,7 @@ TASKS: dict[str, Task] = {
             target=12,
             stride=(6, 6, 6),
             step_minutes=5,
-            scaling=Scaling(kind="log"),
+            scaling=Scaling(kind="log", r0=1.0),
             tiles=Tiles(),
             thresholds=(0.1, 0.5, 1.0, 2.0, 5.0, 10.0),
             units="mm h-1",

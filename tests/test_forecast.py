@@ -26,7 +26,7 @@ from earthformer.config import PRESETS, StemStage
 from pipelines import cli, runs, windows
 from pipelines import forecast as stage
 from pipelines.archives import sevir, store, synthetic
-from pipelines.errors import InputError
+from pipelines.errors import InputError, boundary_error
 from pipelines.forecast import forecast, member_seeds, plan
 from pipelines.prepare import prepare
 from pipelines.tasks import TASKS, Splits, Tiles
@@ -478,7 +478,7 @@ def test_a_damaged_archive_is_one_line_and_leaves_nothing_that_looks_complete(tm
     planned = plan("persistence", str(tmp_path / "archive.zarr"), "test", task=TASK)
     with pytest.raises(Exception, match="cannot be read") as caught:
         forecast(planned, str(tmp_path / "f.zarr"), progress=False)
-    said = cli.boundary_error(caught.value)
+    said = boundary_error(caught.value)
     assert isinstance(said, InputError)
     assert str(said).startswith(f"{tmp_path}/archive.zarr, vil, cannot be read: ")
     assert not store.is_complete(str(tmp_path / "f.zarr"))

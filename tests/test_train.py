@@ -1,7 +1,9 @@
 """Training: the schedule, what is decayed, and that kills and worker counts change nothing."""
 
+import itertools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
+import ray
 import safetensors.torch
 import torch
 import yaml
@@ -18,9 +21,9 @@ from torch import nn
 
 from earthformer.config import PRESETS
 from earthformer.forecasters import EarthformerForecaster
-from pipelines import journal, runs
+from pipelines import cli, journal, runs, windows
 from pipelines.archives import store, synthetic
-from pipelines.errors import InputError
+from pipelines.errors import InputError, boundary_error
 from pipelines.loop import Ranks, accumulation, begin, learning_rate, parameter_groups, schedule_steps
 from pipelines.prepare import prepare
 from pipelines.train import train
@@ -40,9 +43,10 @@ STEPS = 12
 """Three epochs of four steps: 18 training windows, of which 16 make whole batches."""
 
 
-def small(**training) -> runs.Config:
+def small(dropout: float = 0.0, **training) -> runs.Config:
     """A model and a task of a few seconds."""
     overlay = {**OVERLAY, "training": {**OVERLAY["training"], **training}}
+    overlay["model"] = {**OVERLAY["model"], "feed_forward": {"dropout": dropout}}
     return runs.resolve("sevir", "earthformer_sevir_tiny", overlay)
 
 
@@ -171,6 +175,36 @@ def test_what_a_run_leaves(undisturbed):
     assert journal.best(records)["score"] == max(scores.values())
 
 
+def test_a_step_is_one_of_the_whole_batch(archive, undisturbed):
+    # Plain PyTorch, all windows of a batch at once; five steps reach into the second epoch.
+    config, opened = small(), store.open_archive(archive)
+    keys = windows.enumerate_windows(config.task, opened, "train")
+    torch.manual_seed(config.training.seed)
+    forecaster = EarthformerForecaster(config.model, config.task.scaling)
+    optimiser = torch.optim.AdamW(parameter_groups(forecaster, config.training.weight_decay))
+    for line in journal.read_metrics(undisturbed)[:5]:
+        epoch, place = divmod(line["step"] - 1, 4)
+        batch = windows.epoch_order(keys, config.training.seed, epoch)[4 * place : 4 * place + 4]
+        pixels = {k: torch.from_numpy(v) for k, v in windows.read(config.task, opened, batch).items()}
+        for group in optimiser.param_groups:
+            group["lr"] = line["learning_rate"]
+        loss = forecaster.loss(pixels)
+        optimiser.zero_grad()
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(forecaster.parameters(), 1.0)
+        optimiser.step()
+        assert line["loss"] == pytest.approx(loss.item(), rel=1e-4)
+        assert line["grad_norm"] == pytest.approx(norm.item(), rel=1e-3)
+
+
+def test_a_line_is_of_all_steps_since_the_one_before(tmp_path, archive, undisturbed):
+    run = str(tmp_path / "run")
+    list(itertools.islice(begun(small(log_steps=3, checkpoint_steps=None), archive, run).steps(), 4))
+    losses = [line["loss"] for line in journal.read_metrics(undisturbed)]
+    lines = {line["step"]: line["loss"] for line in journal.read_metrics(run)}
+    assert lines == pytest.approx({3: np.mean(losses[:3]), 4: losses[3]}, rel=1e-5)
+
+
 @pytest.mark.parametrize("cuts", [(2,), (3, 4), (1, 7, 11)])
 def test_a_run_cut_at_any_step_ends_as_an_undisturbed_one(tmp_path, archive, undisturbed, cuts):
     run = str(tmp_path / "run")
@@ -183,11 +217,23 @@ def test_a_run_cut_at_any_step_ends_as_an_undisturbed_one(tmp_path, archive, und
     same(outcome(run), outcome(undisturbed), 0.0)
 
 
+def test_dropout_is_the_same_after_a_cut(tmp_path, archive, undisturbed):
+    config, whole, cut = small(dropout=0.3, epochs=1), str(tmp_path / "whole"), str(tmp_path / "cut")
+    list(begun(config, archive, whole).steps())
+    list(itertools.islice(begun(config, archive, cut).steps(), 3))
+    assert list(begun(config, archive, cut).steps()) == [4]
+    same(outcome(cut), outcome(whole), 0.0)
+    losses = [journal.read_metrics(url)[0]["loss"] for url in (whole, undisturbed)]
+    assert losses[0] != pytest.approx(losses[1], rel=1e-4)
+
+
 def test_training_stops_when_nothing_gets_better(tmp_path, archive):
-    config = small(learning_rate=1e-12, epochs=9, patience=2)
-    # The first validation is the best, the next two are no better.
-    assert list(begun(config, archive, str(tmp_path / "run")).steps())[-1] == 3 * 4
-    assert not list(begun(config, archive, str(tmp_path / "run")).steps())
+    config, run = small(learning_rate=1e-12, epochs=9, patience=2), str(tmp_path / "run")
+    # The first validation is the best, the next two are no better, though a cut lies between them.
+    list(itertools.islice(begun(config, archive, run).steps(), 9))
+    assert list(begun(config, archive, run).steps()) == [10, 11, 12]
+    assert not list(begun(config, archive, run).steps())
+    assert journal.best(journal.checkpoints(run))["step"] == 4
 
 
 def test_validation_can_be_seldom(tmp_path, archive):
@@ -229,12 +275,58 @@ def test_a_damaged_checkpoint_is_named(tmp_path, archive):
         begun(small(checkpoint_steps=1), archive, run)
 
 
+def test_a_run_cut_before_its_record_is_finished_without_training(tmp_path, archive, undisturbed):
+    run = tmp_path / "run"
+    shutil.copytree(undisturbed, run)
+    trained = train(small(), archive, str(run))
+    assert trained.record["steps"] == STEPS
+    assert trained.record["code_version"]
+    assert (run / "metrics.jsonl").read_bytes() == (Path(undisturbed) / "metrics.jsonl").read_bytes()
+    assert "12 steps in 3 epochs" in runs.describe(str(run))
+    # Cut off in the middle of the record, it is not finished, and finished by the same call.
+    (run / "run.json").write_text((run / "run.json").read_text()[:40])
+    with pytest.raises(InputError, match="is not complete"):
+        runs.open_run(str(run))
+    assert train(small(), archive, str(run)).record["run_hash"] == trained.record["run_hash"]
+
+
+def test_damaged_weights_are_named_and_written_again(tmp_path, archive, undisturbed):
+    run = tmp_path / "run"
+    shutil.copytree(undisturbed, run)
+    train(small(), archive, str(run))
+    weights = (run / "weights.safetensors").read_bytes()
+    (run / "weights.safetensors").write_bytes(weights[:-1])
+    with pytest.raises(InputError, match=r"weights.safetensors has SHA-256 .*: delete the run's run.json"):
+        runs.open_run(str(run)).forecaster()
+    (run / "weights.safetensors").unlink()
+    with pytest.raises(InputError, match=r"weights.safetensors is absent: delete the run's run.json"):
+        runs.open_run(str(run)).forecaster()
+    (run / "run.json").unlink()
+    train(small(), archive, str(run))
+    assert (run / "weights.safetensors").read_bytes() == weights
+
+
+def test_a_checkpoint_of_another_model_is_refused(tmp_path, archive, undisturbed):
+    run = tmp_path / "run"
+    shutil.copytree(undisturbed, run)
+    other = runs.resolve(
+        "sevir", "earthformer_sevir_tiny", {**OVERLAY, "model": {**OVERLAY["model"], "widths": [16, 64]}}
+    )
+    with pytest.raises(InputError, match=r"of step 12, is of another model: \S+ has shape \(.*more\)"):
+        begin(other, store.open_archive(archive), str(run), ALONE)
+
+
 # -------------------------------------------------------------------------------------------- Ray Train
 
 
-def test_two_workers_take_the_steps_of_one(tmp_path, archive, undisturbed):
+def test_two_workers_take_the_steps_of_one(tmp_path, archive, undisturbed, capsys):
     run = str(tmp_path / "run")
-    trained = train(small(), archive, run, workers=2, progress=False)
+    trained = train(small(), archive, run, workers=2)
+    assert [line.split(":")[0] for line in capsys.readouterr().out.splitlines() if "CSI-M" in line] == [
+        "step 4",
+        "step 8",
+        "step 12",
+    ]
     assert trained.record["steps"] == STEPS
     same(outcome(run), outcome(undisturbed), 2e-3)
     losses = [[line["loss"] for line in journal.read_metrics(url)] for url in (run, undisturbed)]
@@ -258,7 +350,7 @@ def test_a_killed_worker_and_a_killed_driver_lose_nothing(tmp_path, archive, und
     overlay.write_text(yaml.safe_dump(OVERLAY))
     command = [sys.executable, "-m", "pipelines.cli", "train", "earthformer", "--task", "sevir"]
     command += ["--preset", "earthformer_sevir_tiny", "--config", str(overlay)]
-    command += ["--archive", archive, "--run", str(run)]
+    command += ["--archive", archive, "--run", str(run), "--workers", "2"]
     # Its own cluster, not the suite's.
     environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
 
@@ -274,9 +366,8 @@ def test_a_killed_worker_and_a_killed_driver_lose_nothing(tmp_path, archive, und
         for p in psutil.Process(process.pid).children(recursive=True)
         if "RayTrainWorker" in p.name() or any("RayTrainWorker" in part for part in p.cmdline())
     ]
-    assert workers
-    for worker in workers:
-        worker.kill()
+    assert len(workers) == 2
+    workers[-1].kill()
     wait_for_step(run, process, 7)
     family = [process, *psutil.Process(process.pid).children(recursive=True)]
     os.killpg(process.pid, signal.SIGKILL)
@@ -292,6 +383,27 @@ def test_a_killed_worker_and_a_killed_driver_lose_nothing(tmp_path, archive, und
     assert "Traceback" not in said
     assert json.loads((run / "run.json").read_text())["steps"] == STEPS
     same(outcome(str(run)), outcome(undisturbed), 2e-3)
+
+
+def test_a_run_that_cannot_go_on_is_not_tried_again(tmp_path, archive):
+    run = tmp_path / "run"
+    with pytest.raises(InputError, match=r"^training diverged at step 3: loss (nan|inf)"):
+        train(small(learning_rate=1e18), archive, str(run), progress=False)
+    # Every start of a worker group begins a file.
+    assert len(list((run / "tensorboard").iterdir())) == 1
+    with pytest.raises(InputError, match="is not complete"):
+        runs.open_run(str(run))
+
+
+def test_what_a_worker_says_stays_one_line(ray_cluster):
+    @ray.remote
+    def fails():
+        raise InputError("found this: needed that")
+
+    with pytest.raises(ray.exceptions.RayTaskError) as caught:
+        ray.get(fails.remote())
+    assert str(boundary_error(caught.value)) == "found this: needed that"
+    assert boundary_error(ValueError("a bug")) is None
 
 
 def wait_for_step(run: Path, process: subprocess.Popen, step: int) -> None:
@@ -333,3 +445,26 @@ def test_a_run_of_another_archive_is_refused(tmp_path, archive):
     runs.start(run, small(), {"archive_hash": "0123456789abcdef"})
     with pytest.raises(InputError, match=f"0123456789abcdef.*{store.open_archive(archive).config_hash}"):
         train(small(), archive, run)
+
+
+def test_a_model_that_cannot_be_built_is_said_before_ray_starts(tmp_path, archive):
+    patterns = {**OVERLAY, "model": {**OVERLAY["model"], "encoder": {"patterns": ["axiall"]}}}
+    config = runs.resolve("sevir", "earthformer_sevir_tiny", patterns)
+    with pytest.raises(InputError, match=r"configuration key model: .*'axiall' is unknown"):
+        train(config, archive, str(tmp_path / "run"))
+
+
+def test_no_workers_are_refused(tmp_path, archive):
+    with pytest.raises(InputError, match="0 workers asked"):
+        train(small(), archive, str(tmp_path / "run"), workers=0)
+
+
+def test_a_dry_run_prints_the_configuration(tmp_path, capsys):
+    run = tmp_path / "run"
+    command = ["train", "earthformer", "--task", "sevir", "--archive", "absent.zarr", "--run", str(run)]
+    cli.app([*command, "--set", "training.epochs=7", "--dry-run"], standalone_mode=False)
+    printed = json.loads(capsys.readouterr().out)
+    config = runs.resolve("sevir", overlay={"training": {"epochs": 7}})
+    assert printed.pop("config_hash") == config.hash
+    assert runs.from_dict(printed) == config
+    assert not run.exists()

@@ -1,5 +1,6 @@
 """The whole model against the original's numbers, its fused form, and what it refuses."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -119,6 +120,17 @@ def test_a_wrong_context_is_named(shape):
     model = Earthformer(PRESETS["earthformer_enso_tiny"])
     with pytest.raises(ValueError, match=r"context has shape .*: needed \(B, \*\(12, 24, 48, 1\)\)"):
         model(torch.zeros(shape))
+
+
+def test_what_is_added_to_the_last_frame_is_nothing_at_first():
+    torch.manual_seed(0)
+    config = dataclasses.replace(PRESETS["earthformer_enso_tiny"], from_last_frame=True)
+    model, x = Earthformer(config), torch.randn(2, *config.context)
+    assert torch.equal(model(x), x[:, -1:].expand(-1, config.target[0], -1, -1, -1))
+    torch.nn.init.ones_(model.dec_final_proj.bias)
+    assert torch.equal(model.fuse()(x), x[:, -1:].expand(-1, config.target[0], -1, -1, -1) + 1)
+    with pytest.raises(ValueError, match="target channels is 2: needed 1, as from_last_frame"):
+        dataclasses.replace(config, target=(14, 24, 48, 2))
 
 
 def test_initialisation():
