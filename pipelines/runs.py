@@ -90,7 +90,7 @@ TRAINING: dict[str, Training] = {
     "earthformer_enso_tiny": _TINY,
     "earthformer_sevir_tiny": dataclasses.replace(_TINY, batch_size=4, micro_batch=2),
     "earthformer_sevir_lr_tiny": dataclasses.replace(_TINY, epochs=16),
-    "earthformer_radar_tiny": dataclasses.replace(_TINY, epochs=12),
+    "earthformer_radar_tiny": dataclasses.replace(_TINY, epochs=6),
 }
 """How each model preset is trained; those not named here as SEVIR was published."""
 

@@ -1,4 +1,4 @@
-"""Configurations are data: resolved, overlaid, checked, guarded by their hash. What a run leaves is whole."""
+"""Configurations are data: resolved, overlaid, checked and guarded by a hash. A run that is left is whole."""
 
 import dataclasses
 import json

@@ -320,8 +320,9 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path, archive, undisturbed
 
 
 def test_two_workers_take_the_steps_of_one(tmp_path, archive, undisturbed, capsys):
-    run = str(tmp_path / "run")
-    trained = train(small(), archive, run, workers=2)
+    # Each worker sums two micro-batches a step, where the one alone took the same windows by twos.
+    run, config = str(tmp_path / "run"), small(micro_batch=1)
+    trained = train(config, archive, run, workers=2)
     assert [line.split(":")[0] for line in capsys.readouterr().out.splitlines() if "CSI-M" in line] == [
         "step 4",
         "step 8",
@@ -341,7 +342,7 @@ def test_two_workers_take_the_steps_of_one(tmp_path, archive, undisturbed, capsy
     )
     # The same call finds it done.
     written = (Path(run) / "run.json").stat().st_mtime_ns
-    assert train(small(), archive, run, workers=2, progress=False).record == trained.record
+    assert train(config, archive, run, workers=2, progress=False).record == trained.record
     assert (Path(run) / "run.json").stat().st_mtime_ns == written
 
 
