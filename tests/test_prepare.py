@@ -21,7 +21,7 @@ import xarray as xr
 from pipelines import cli, engine, windows
 from pipelines.archives import BrokenFile, store, synthetic
 from pipelines.errors import InputError
-from pipelines.prepare import estimate, prepare
+from pipelines.prepare import MOST_SHARDS, _tasks, estimate, prepare
 from pipelines.tasks import TASKS
 
 EVENTS = 6
@@ -117,6 +117,17 @@ def test_the_same_call_does_nothing_more(raw, archive):
     assert done.written == 0
     assert f"all {EVENTS} shards were there" in str(done)
     assert {p: (p.stat().st_mtime_ns, p.read_bytes()) for p in archive.rglob("*") if p.is_file()} == before
+
+
+@pytest.mark.parametrize(("shards", "workers"), [(1, 2), (9, 2), (1200, 16), (3, 64)])
+def test_tasks_hold_every_shard_once_and_end_with_single_ones(shards, workers):
+    pending = list(range(100, 100 + shards))
+    cut = list(_tasks(pending, workers))
+    assert [shard for task in cut for shard in task] == pending
+    sizes = [len(task) for task in cut]
+    assert sizes == sorted(sizes, reverse=True)
+    assert max(sizes) <= MOST_SHARDS
+    assert sizes.count(1) >= min(workers, shards)
 
 
 def test_plain_xarray_opens_sevir(tmp_path, raw, ray_cluster):

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import xarray as xr
 import zarr
+from fsspec.implementations.memory import MemoryFileSystem
 
 from pipelines.archives import store
 from pipelines.errors import InputError
@@ -117,6 +118,46 @@ def test_a_store_is_the_same_at_any_url(tmp_path, finished, pattern):
     expected = files(Path(finished))
     assert found.keys() == expected.keys()
     assert [n for n in expected if found[n] != expected[n]] in ([], ["records/complete.json"])
+
+
+class Remembering(MemoryFileSystem):
+    """Answers from listings it has made, as those of object stores do, until it is told to forget them."""
+
+    protocol = "remembering"
+
+    @classmethod
+    def _strip_protocol(cls, path):
+        return super()._strip_protocol(path.removeprefix("remembering://"))
+
+    def ls(self, path, detail=True, **kwargs):
+        path = self._strip_protocol(path)
+        if path not in self.dircache:
+            self.dircache[path] = super().ls(path, detail=True, **kwargs)
+        return self.dircache[path] if detail else [entry["name"] for entry in self.dircache[path]]
+
+    def cat_file(self, path, start=None, end=None, **kwargs):
+        path = self._strip_protocol(path)
+        listed = self.dircache.get(self._parent(path))
+        if listed is not None and path not in {entry["name"] for entry in listed}:
+            raise FileNotFoundError(path)
+        return super().cat_file(path, start, end, **kwargs)
+
+    def invalidate_cache(self, path=None):
+        self.dircache.clear()
+
+
+def test_what_others_wrote_is_seen_where_listings_are_remembered():
+    fsspec.register_implementation("remembering", Remembering, clobber=True)
+    name = uuid.uuid4().hex
+    ours, theirs = f"remembering://{name}", f"memory://{name}"
+    fs, path = fsspec.core.url_to_fs(ours)
+    begin(ours)
+    assert len(fs.ls(f"{path}/records")) == 3
+    for shard in range(SHARDS):
+        write(theirs, shard)
+    assert len(fs.ls(f"{path}/records")) == 3
+    store.complete(ours, {})
+    assert store.validate(ours) == []
 
 
 def test_plain_xarray_opens_it_and_says_nothing(finished):

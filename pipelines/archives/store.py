@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 import xarray as xr
 import zarr
+from fsspec import AbstractFileSystem
 from fsspec.implementations.local import LocalFileSystem
 from zarr.codecs import BloscCodec, Crc32cCodec, ZstdCodec
 from zarr.core.metadata import ArrayV3Metadata
@@ -120,8 +121,11 @@ def _write_template(url: str, groups: Mapping[str, xr.Dataset]) -> None:
                 zarr_format=3,
             )
         zarr.consolidate_metadata(root.store)
+    fs, path = _fresh(url)
     names = [name.removeprefix(f"{path}/") for name in fs.find(path)]
     written = _read_all(url, [name for name in names if not name.startswith("records/")])
+    if None in written.values():
+        raise FileNotFoundError(f"{url}: files of the template went away while it was written")
     write_json(url, TEMPLATE, {"crc32": {name: zlib.crc32(text or b"") for name, text in written.items()}})
 
 
@@ -466,8 +470,15 @@ def _parsed(text: bytes | None) -> dict[str, Any] | None:
     return found if isinstance(found, dict) else None
 
 
-def _read(url: str, name: str) -> bytes | None:
+def _fresh(url: str) -> tuple[AbstractFileSystem, str]:
+    """As `filesystem`, with nothing remembered of a folder: other processes write there as well."""
     fs, path = filesystem(url)
+    fs.invalidate_cache()
+    return fs, path
+
+
+def _read(url: str, name: str) -> bytes | None:
+    fs, path = _fresh(url)
     try:
         return bytes(fs.cat_file(f"{path}/{name}"))
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
@@ -480,9 +491,7 @@ def _read_all(url: str, names: Sequence[str]) -> dict[str, bytes | None]:
 
 
 def _list(url: str, folder: str = "") -> list[str]:
-    """Names in a folder as it is now: other processes write there, and file systems remember listings."""
-    fs, path = filesystem(url)
-    fs.invalidate_cache()
+    fs, path = _fresh(url)
     try:
         names = fs.ls(f"{path}/{folder}".rstrip("/"), detail=False)
         return [name.rstrip("/").rpartition("/")[2] for name in names]
