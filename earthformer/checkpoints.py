@@ -5,8 +5,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from earthformer.config import PRESETS
 from earthformer.cuboid import relative_position_index
+from earthformer.presets import EARTHFORMERS
 from earthformer.transformer import Earthformer
 
 PUBLISHED = ("earthformer_sevir", "earthformer_enso")
@@ -29,7 +29,7 @@ def load_published(name: str, state_dict: Mapping[str, Tensor]) -> nn.Module:
     """
     if name not in PUBLISHED:
         raise ValueError(f"model {name!r} is not published: needed one of {', '.join(PUBLISHED)}")
-    model = Earthformer(PRESETS[name])
+    model = Earthformer(EARTHFORMERS[name])
     load_weights(model, state_dict)
     return model.eval()
 

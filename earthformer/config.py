@@ -1,7 +1,7 @@
-"""Frozen configurations and the table of presets. A field's shape is (T, H, W, C) throughout."""
+"""Frozen configurations: what all networks share, and Earthformer's. A field's shape is (T, H, W, C)."""
 
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Literal
 
@@ -19,7 +19,7 @@ _STRATEGIES = ("l", "d")
 _ACTIVATIONS = ("leaky", "gelu", "relu")
 
 
-def _need(holds: bool, name: str, found: object, needed: str) -> None:
+def need(holds: bool, name: str, found: object, needed: str) -> None:
     if not holds:
         raise ValueError(f"{name} is {found!r}: needed {needed}")
 
@@ -39,10 +39,10 @@ class Scaling:
     rmax: float = 100.0
 
     def __post_init__(self) -> None:
-        _need(self.kind in ("linear", "log"), "kind", self.kind, "linear or log")
-        _need(self.scale != 0, "scale", self.scale, "a number other than 0")
-        _need(self.r0 > 0, "r0", self.r0, "a rate above 0 mm/h")
-        _need(self.rmax > 0, "rmax", self.rmax, "a rate above 0 mm/h")
+        need(self.kind in ("linear", "log"), "kind", self.kind, "linear or log")
+        need(self.scale != 0, "scale", self.scale, "a number other than 0")
+        need(self.r0 > 0, "r0", self.r0, "a rate above 0 mm/h")
+        need(self.rmax > 0, "rmax", self.rmax, "a rate above 0 mm/h")
 
     def encode(self, field: Tensor) -> Tensor:
         """Scaled field, float32, of any field of numbers (uint8 too); the shape is kept."""
@@ -73,10 +73,10 @@ class Cuboid:
     shift: tuple[int, int, int] = (0, 0, 0)
 
     def __post_init__(self) -> None:
-        _need(all(n >= 1 for n in self.size), "cuboid size", self.size, "lengths of at least 1")
-        _need(all(s in _STRATEGIES for s in self.strategy), "cuboid strategy", self.strategy, "l or d")
+        need(all(n >= 1 for n in self.size), "cuboid size", self.size, "lengths of at least 1")
+        need(all(s in _STRATEGIES for s in self.strategy), "cuboid strategy", self.strategy, "l or d")
         within = all(0 <= s < n for s, n in zip(self.shift, self.size, strict=True))
-        _need(within, "cuboid shift", self.shift, f"shifts from 0 to less than the size {self.size}")
+        need(within, "cuboid shift", self.shift, f"shifts from 0 to less than the size {self.size}")
 
 
 @dataclass(frozen=True)
@@ -89,11 +89,11 @@ class CrossCuboid:
     temporal: int = 1
 
     def __post_init__(self) -> None:
-        _need(all(n >= 1 for n in self.hw), "cross cuboid hw", self.hw, "lengths of at least 1")
-        _need(all(s in _STRATEGIES for s in self.strategy), "cross cuboid strategy", self.strategy, "l or d")
+        need(all(n >= 1 for n in self.hw), "cross cuboid hw", self.hw, "lengths of at least 1")
+        need(all(s in _STRATEGIES for s in self.strategy), "cross cuboid strategy", self.strategy, "l or d")
         within = all(0 <= s < n for s, n in zip(self.shift_hw, self.hw, strict=True))
-        _need(within, "cross cuboid shift", self.shift_hw, f"shifts from 0 to less than {self.hw}")
-        _need(self.temporal >= 1, "temporal", self.temporal, "at least 1")
+        need(within, "cross cuboid shift", self.shift_hw, f"shifts from 0 to less than {self.hw}")
+        need(self.temporal >= 1, "temporal", self.temporal, "at least 1")
 
 
 @dataclass(frozen=True)
@@ -221,41 +221,39 @@ class EarthformerConfig:
     def __post_init__(self) -> None:
         for name, shape in (("context", self.context), ("target", self.target)):
             whole = len(shape) == 4 and all(isinstance(n, int) and n >= 1 for n in shape)
-            _need(whole, name, shape, "(T, H, W, C) of whole numbers from 1")
-        _need(
-            self.target[1:3] == self.context[1:3], "target (H, W)", self.target[1:3], f"{self.context[1:3]}"
-        )
+            need(whole, name, shape, "(T, H, W, C) of whole numbers from 1")
+        need(self.target[1:3] == self.context[1:3], "target (H, W)", self.target[1:3], f"{self.context[1:3]}")
         heads, levels = self.attention.heads, len(self.widths)
-        _need(levels >= 1, "widths", self.widths, "at least one level")
-        _need(heads >= 1, "heads", heads, "at least 1")
+        need(levels >= 1, "widths", self.widths, "at least one level")
+        need(heads >= 1, "heads", heads, "at least 1")
         for width in self.widths:
-            _need(width >= 1 and width % heads == 0, "width", width, f"a multiple of the {heads} heads")
-        _need(self.downsample >= 1, "downsample", self.downsample, "at least 1")
+            need(width >= 1 and width % heads == 0, "width", width, f"a multiple of the {heads} heads")
+        need(self.downsample >= 1, "downsample", self.downsample, "at least 1")
         for name, depth in (("encoder.depth", self.encoder.depth), ("decoder.depth", self.decoder.depth)):
-            _need(len(depth) == levels and min(depth) >= 1, name, depth, f"{levels} depths of at least 1")
+            need(len(depth) == levels and min(depth) >= 1, name, depth, f"{levels} depths of at least 1")
         for name, patterns in (
             ("encoder.patterns", self.encoder.patterns),
             ("decoder.self_patterns", self.decoder.self_patterns),
             ("decoder.cross_patterns", self.decoder.cross_patterns),
         ):
-            _need(len(patterns) in (1, levels), name, patterns, f"1 or {levels} patterns")
-            _need(all(len(p) > 0 for p in patterns), name, patterns, "patterns of at least one layer")
+            need(len(patterns) in (1, levels), name, patterns, f"1 or {levels} patterns")
+            need(all(len(p) > 0 for p in patterns), name, patterns, "patterns of at least one layer")
         self._check_stem()
         self._check_choices()
 
     def _check_stem(self) -> None:
-        _need(len(self.stem) >= 1, "stem", self.stem, "at least one stage")
+        need(len(self.stem) >= 1, "stem", self.stem, "at least one stage")
         for stage in self.stem:
-            _need(stage.width >= 1, "stem width", stage.width, "at least 1")
+            need(stage.width >= 1, "stem width", stage.width, "at least 1")
             even = stage.norm_groups >= 1 and stage.width % stage.norm_groups == 0
-            _need(even, "stem width", stage.width, f"a multiple of its {stage.norm_groups} groups")
-            _need(min(stage.scale) >= 1, "stem scale", stage.scale, "merges of at least 1")
-            _need(stage.convs >= 1, "stem convs", stage.convs, "at least 1")
+            need(even, "stem width", stage.width, f"a multiple of its {stage.norm_groups} groups")
+            need(min(stage.scale) >= 1, "stem scale", stage.scale, "merges of at least 1")
+            need(stage.convs >= 1, "stem convs", stage.convs, "at least 1")
         last = self.stem[-1].width
-        _need(last == self.widths[0], "last stem width", last, f"{self.widths[0]}, that of the first level")
+        need(last == self.widths[0], "last stem width", last, f"{self.widths[0]}, that of the first level")
         for finer, coarser in pairwise(self.stem):
             kept = finer.final_convolutions >= 1 or finer.width == coarser.width
-            _need(kept, "final_convs", finer.final_convs, f"at least 1 to go from {coarser.width} channels")
+            need(kept, "final_convs", finer.final_convs, f"at least 1 to go from {coarser.width} channels")
 
     def _check_choices(self) -> None:
         for name, found, known in (
@@ -266,23 +264,23 @@ class EarthformerConfig:
             ("positions", self.positions, ("t+h+w", "t+hw")),
             ("decoder.initial", self.decoder.initial, ("zeros", "nearest_interp", "last", "mean")),
         ):
-            _need(found in known, name, found, "one of " + ", ".join(known))
+            need(found in known, name, found, "one of " + ", ".join(known))
         for name, rate in (
             ("attention.dropout", self.attention.dropout),
             ("attention.projection_dropout", self.attention.projection_dropout),
             ("feed_forward.dropout", self.feed_forward.dropout),
         ):
-            _need(0 <= rate < 1, name, rate, "a rate from 0 to below 1")
+            need(0 <= rate < 1, name, rate, "a rate from 0 to below 1")
         alike = not self.from_last_frame or self.target[3] == self.context[3]
-        _need(alike, "target channels", self.target[3], f"{self.context[3]}, as from_last_frame adds to them")
+        need(alike, "target channels", self.target[3], f"{self.context[3]}, as from_last_frame adds to them")
         start, levels = self.decoder.cross_start, len(self.widths)
-        _need(0 <= start < levels, "decoder.cross_start", start, f"a level from 0 to {levels - 1}")
+        need(0 <= start < levels, "decoder.cross_start", start, f"a level from 0 to {levels - 1}")
         last = self.decoder.cross_last_frames
-        _need(last is None or last >= 1, "decoder.cross_last_frames", last, "at least 1, or None")
+        need(last is None or last >= 1, "decoder.cross_last_frames", last, "at least 1, or None")
         shared = self.global_vectors
-        _need(shared.count >= 0, "global_vectors.count", shared.count, "at least 0")
+        need(shared.count >= 0, "global_vectors.count", shared.count, "at least 0")
         alike = shared.ratio == 1 or (shared.ratio > 1 and shared.separate_projections)
-        _need(alike, "global_vectors.ratio", shared.ratio, "1, or more with separate_projections")
+        need(alike, "global_vectors.ratio", shared.ratio, "1, or more with separate_projections")
 
     @property
     def stem_shapes(self) -> tuple[FieldShape, ...]:
@@ -302,63 +300,3 @@ class EarthformerConfig:
             shapes.append((t, h, w, width))
             h, w = -(-h // self.downsample), -(-w // self.downsample)
         return tuple(shapes)
-
-
-_SEVIR = EarthformerConfig(
-    context=(13, 384, 384, 1),
-    target=(12, 384, 384, 1),
-    widths=(128, 256),
-    stem=(StemStage(16, (1, 3, 3)), StemStage(64, (1, 2, 2)), StemStage(128, (1, 2, 2))),
-    global_vectors=GlobalVectors(count=8),
-)
-_TINY = EarthformerConfig(
-    context=(7, 128, 128, 1),
-    target=(6, 128, 128, 1),
-    widths=(32, 64),
-    stem=(StemStage(4, (1, 4, 4), convs=1), StemStage(32, (1, 2, 2), convs=1)),
-    attention=Attention(dropout=0.0, projection_dropout=0.0),
-    feed_forward=FeedForward(dropout=0.0),
-    global_vectors=GlobalVectors(count=4),
-)
-
-PRESETS: dict[str, EarthformerConfig] = {
-    "earthformer_sevir": _SEVIR,
-    "earthformer_sevir_tiny": replace(
-        _TINY,
-        context=(13, 384, 384, 1),
-        target=(12, 384, 384, 1),
-        stem=(StemStage(4, (1, 6, 6), convs=1), StemStage(32, (1, 4, 4), convs=1)),
-    ),
-    "earthformer_sevir_lr": replace(
-        _SEVIR,
-        context=(7, 128, 128, 1),
-        target=(6, 128, 128, 1),
-        widths=(64, 128),
-        stem=(StemStage(4), StemStage(16, (1, 2, 2)), StemStage(64, (1, 2, 2))),
-        global_vectors=GlobalVectors(),
-    ),
-    "earthformer_sevir_lr_tiny": _TINY,
-    "earthformer_enso": EarthformerConfig(
-        context=(12, 24, 48, 1),
-        target=(14, 24, 48, 1),
-        widths=(64, 128),
-        stem=(StemStage(64, (1, 1, 2), convs=2, groups=16, final_convs=1),),
-    ),
-    "earthformer_enso_tiny": replace(
-        _TINY,
-        context=(12, 24, 48, 1),
-        target=(14, 24, 48, 1),
-        stem=(StemStage(32, (1, 2, 4), convs=1),),
-        global_vectors=GlobalVectors(),
-    ),
-    "earthformer_radar": replace(
-        _SEVIR,
-        context=(12, 128, 128, 1),
-        target=(12, 128, 128, 1),
-        stem=(StemStage(32, (1, 2, 2)), StemStage(128, (1, 2, 2))),
-    ),
-    "earthformer_radar_tiny": replace(
-        _TINY, context=(12, 128, 128, 1), target=(12, 128, 128, 1), from_last_frame=True
-    ),
-}
-"""Gao et al. (2022) published `earthformer_sevir` (8,659,677 parameters), `earthformer_enso` (1,394,325)."""

@@ -22,8 +22,9 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor, nn
 
-from earthformer.config import PRESETS, EarthformerConfig
+from earthformer.config import EarthformerConfig
 from earthformer.forecasters import EarthformerForecaster, Persistence
+from earthformer.presets import EARTHFORMERS
 from pipelines import journal
 from pipelines.archives import filesystem
 from pipelines.archives.store import config_hash, read_json, write_json
@@ -119,7 +120,7 @@ def resolve(task: str, preset: str | None = None, overlay: dict[str, Any] | None
     """
     chosen = TASKS.get(task) or _unknown("task", task, TASKS)
     preset = preset or chosen.model
-    model = PRESETS.get(preset) or _unknown("preset", preset, PRESETS)
+    model = EARTHFORMERS.get(preset) or _unknown("preset", preset, EARTHFORMERS)
     config = Config("earthformer", chosen, model, TRAINING.get(preset, Training()), preset)
     return from_dict(_overlay(dataclasses.asdict(config), overlay or {}, ""))
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from earthformer.checkpoints import load_published, our_key, published_key
-from earthformer.config import PRESETS
 from earthformer.cuboid import relative_position_index
+from earthformer.presets import EARTHFORMERS
 from earthformer.transformer import Earthformer
 
 
@@ -34,7 +34,7 @@ def state_dict_like(model, keys):
 
 def test_keys_and_sizes_are_the_published_ones(published):
     name, keys = published
-    model = Earthformer(PRESETS[name])
+    model = Earthformer(EARTHFORMERS[name])
     single = len(model.config.stem) == 1
     ours = {published_key(key, single): list(p.shape) for key, p in model.state_dict().items()}
     theirs = {key: shape for key, (shape, _) in keys.items() if not key.endswith("relative_position_index")}
@@ -47,7 +47,7 @@ def test_keys_and_sizes_are_the_published_ones(published):
 
 def test_weights_arrive_in_float32(published):
     name, keys = published
-    weights = state_dict_like(Earthformer(PRESETS[name]), keys)
+    weights = state_dict_like(Earthformer(EARTHFORMERS[name]), keys)
     model = load_published(name, weights)
     assert not model.training
     for key, parameter in model.state_dict().items():
@@ -59,7 +59,7 @@ def test_weights_arrive_in_float32(published):
 
 def test_every_fault_is_named(parity):
     keys = json.loads((parity / "earthformer" / "keys_enso.json").read_text())
-    weights = state_dict_like(Earthformer(PRESETS["earthformer_enso"]), keys)
+    weights = state_dict_like(Earthformer(EARTHFORMERS["earthformer_enso"]), keys)
     index = "encoder.blocks.0.0.attn_l.0.relative_position_index"
     for change, message in (
         ({"z_proj.bias": None}, "z_proj.bias is missing"),

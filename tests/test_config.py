@@ -9,7 +9,6 @@ import torch
 from pydantic import TypeAdapter
 
 from earthformer.config import (
-    PRESETS,
     Attention,
     CrossCuboid,
     Cuboid,
@@ -21,14 +20,15 @@ from earthformer.config import (
     Scaling,
     StemStage,
 )
+from earthformer.presets import EARTHFORMERS
 
-ENSO = PRESETS["earthformer_enso"]
+ENSO = EARTHFORMERS["earthformer_enso"]
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", EARTHFORMERS)
 def test_presets_survive_json(name):
-    written = json.loads(json.dumps(dataclasses.asdict(PRESETS[name])))
-    assert TypeAdapter(EarthformerConfig).validate_python(written) == PRESETS[name]
+    written = json.loads(json.dumps(dataclasses.asdict(EARTHFORMERS[name])))
+    assert TypeAdapter(EarthformerConfig).validate_python(written) == EARTHFORMERS[name]
 
 
 def test_explicit_cuboids_survive_json():
@@ -42,7 +42,7 @@ def test_explicit_cuboids_survive_json():
 
 
 def test_shapes_of_the_published_model():
-    sevir = PRESETS["earthformer_sevir"]
+    sevir = EARTHFORMERS["earthformer_sevir"]
     assert sevir.memory_shapes == ((13, 32, 32, 128), (13, 16, 16, 256))
     assert [shape[1] for shape in sevir.stem_shapes] == [384, 128, 64, 32]
 

@@ -22,7 +22,8 @@ import xarray as xr
 import zarr
 from tiny_forecast import write_run
 
-from earthformer.config import PRESETS, StemStage
+from earthformer.config import StemStage
+from earthformer.presets import EARTHFORMERS
 from pipelines import cli, runs, windows
 from pipelines import forecast as stage
 from pipelines.archives import sevir, store, synthetic
@@ -35,7 +36,7 @@ from pipelines.windows import Window
 TASK = dataclasses.replace(TASKS["sevir"], context=3, target=2, stride=(4, 4, 1))
 """One test window a frame: 45 of an event."""
 MODEL = dataclasses.replace(
-    PRESETS["earthformer_sevir_tiny"],
+    EARTHFORMERS["earthformer_sevir_tiny"],
     context=(3, 48, 48, 1),
     target=(2, 48, 48, 1),
     widths=(16, 32),
@@ -170,7 +171,7 @@ def test_months_are_counted_and_temperatures_are_kelvin(tmp_path, ray_cluster):
     prepare("enso", str(tmp_path / "raw"), str(tmp_path / "a.zarr"), progress=False)
     task = dataclasses.replace(TASKS["enso"], stride=(1, 1, 30))
     model = dataclasses.replace(
-        PRESETS["earthformer_enso_tiny"], widths=(16, 32), stem=(StemStage(16, (1, 4, 8)),)
+        EARTHFORMERS["earthformer_enso_tiny"], widths=(16, 32), stem=(StemStage(16, (1, 4, 8)),)
     )
     write_run(str(tmp_path / "run"), task, model)
     forecast(
@@ -408,10 +409,10 @@ def test_damaged_and_foreign_weights_are_refused_before_anything_is_written(tmp_
 
 
 def test_an_archive_of_another_kind_or_size_is_refused(tmp_path, folder):
-    write_run(str(tmp_path / "lr"), TASKS["sevir-lr"], PRESETS["earthformer_sevir_lr_tiny"])
+    write_run(str(tmp_path / "lr"), TASKS["sevir-lr"], EARTHFORMERS["earthformer_sevir_lr_tiny"])
     with pytest.raises(InputError, match="is a sevir archive: task sevir-lr needs sevir-lr"):
         plan(str(tmp_path / "lr"), str(folder / "archive.zarr"), "test")
-    write_run(str(tmp_path / "full"), TASKS["sevir"], PRESETS["earthformer_sevir_tiny"])
+    write_run(str(tmp_path / "full"), TASKS["sevir"], EARTHFORMERS["earthformer_sevir_tiny"])
     with pytest.raises(
         InputError, match=r"gives task sevir a context of 13 × 48 × 48: .*needs 13 × 384 × 384"
     ):

@@ -19,8 +19,8 @@ import torch
 import yaml
 from torch import nn
 
-from earthformer.config import PRESETS
 from earthformer.forecasters import EarthformerForecaster
+from earthformer.presets import EARTHFORMERS
 from pipelines import cli, journal, runs, windows
 from pipelines.archives import store, synthetic
 from pipelines.errors import InputError, boundary_error
@@ -142,7 +142,7 @@ def test_a_batch_that_does_not_divide_is_refused():
 
 
 def test_what_is_decayed_of_the_published_model():
-    forecaster = EarthformerForecaster(PRESETS["earthformer_enso"], runs.resolve("enso").task.scaling)
+    forecaster = EarthformerForecaster(EARTHFORMERS["earthformer_enso"], runs.resolve("enso").task.scaling)
     decayed, free = ({id(p) for p in group["params"]} for group in parameter_groups(forecaster, 0.1))
     names = {name.removeprefix("network."): id(p) for name, p in forecaster.named_parameters()}
     assert decayed | free == set(names.values())

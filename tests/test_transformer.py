@@ -9,7 +9,7 @@ import torch
 from reference_config import put_bugs_back, reference_config
 
 from earthformer.checkpoints import load_weights
-from earthformer.config import PRESETS
+from earthformer.presets import EARTHFORMERS
 from earthformer.transformer import Earthformer
 
 MODELS = (
@@ -92,7 +92,7 @@ def test_without_the_bugs_nothing_changes_where_they_do_not_come_in(parity, name
 
 def test_frames_in_chunks_give_what_all_give_at_once(monkeypatch):
     torch.manual_seed(0)
-    model = Earthformer(PRESETS["earthformer_enso_tiny"]).double().eval()
+    model = Earthformer(EARTHFORMERS["earthformer_enso_tiny"]).double().eval()
     x = torch.randn(2, *model.config.context, dtype=torch.float64)
     whole = model(x).detach()
     monkeypatch.setattr("earthformer.layers.CHUNK_PIXELS", 1)
@@ -102,7 +102,7 @@ def test_frames_in_chunks_give_what_all_give_at_once(monkeypatch):
 
 def test_recomputed_maps_give_the_same_gradients(monkeypatch):
     torch.manual_seed(0)
-    model = Earthformer(PRESETS["earthformer_enso_tiny"]).double().eval()
+    model = Earthformer(EARTHFORMERS["earthformer_enso_tiny"]).double().eval()
     x = torch.randn(1, *model.config.context, dtype=torch.float64)
 
     def gradients():
@@ -117,14 +117,14 @@ def test_recomputed_maps_give_the_same_gradients(monkeypatch):
 
 @pytest.mark.parametrize("shape", [(1, 12, 24, 24, 1), (12, 24, 48, 1), (1, 11, 24, 48, 1)])
 def test_a_wrong_context_is_named(shape):
-    model = Earthformer(PRESETS["earthformer_enso_tiny"])
+    model = Earthformer(EARTHFORMERS["earthformer_enso_tiny"])
     with pytest.raises(ValueError, match=r"context has shape .*: needed \(B, \*\(12, 24, 48, 1\)\)"):
         model(torch.zeros(shape))
 
 
 def test_what_is_added_to_the_last_frame_is_nothing_at_first():
     torch.manual_seed(0)
-    config = dataclasses.replace(PRESETS["earthformer_enso_tiny"], from_last_frame=True)
+    config = dataclasses.replace(EARTHFORMERS["earthformer_enso_tiny"], from_last_frame=True)
     model, x = Earthformer(config), torch.randn(2, *config.context)
     assert torch.equal(model(x), x[:, -1:].expand(-1, config.target[0], -1, -1, -1))
     torch.nn.init.ones_(model.dec_final_proj.bias)
@@ -135,7 +135,7 @@ def test_what_is_added_to_the_last_frame_is_nothing_at_first():
 
 def test_initialisation():
     torch.manual_seed(0)
-    model = Earthformer(PRESETS["earthformer_enso"])
+    model = Earthformer(EARTHFORMERS["earthformer_enso"])
     ffn = model.encoder.blocks[1][0].ffn_l[0]
     assert ffn.ffn_1.weight.std().item() == pytest.approx(128**-0.5, rel=0.03)
     assert not ffn.ffn_1.bias.any()
@@ -148,7 +148,7 @@ def test_initialisation():
 
 def test_bfloat16_stays_near():
     torch.manual_seed(0)
-    model = Earthformer(PRESETS["earthformer_sevir_lr_tiny"]).eval()
+    model = Earthformer(EARTHFORMERS["earthformer_sevir_lr_tiny"]).eval()
     x = torch.rand(1, *model.config.context)
     with torch.inference_mode():
         exact = model(x)

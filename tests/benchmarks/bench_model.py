@@ -23,7 +23,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from earthformer.config import PRESETS
+from earthformer.presets import EARTHFORMERS
 from earthformer.transformer import Earthformer
 
 PRESET = "earthformer_sevir"
@@ -47,7 +47,7 @@ def measure(row: str, arguments: argparse.Namespace) -> dict[str, float]:
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
     left, right = torch.randn(2048, 2048), torch.randn(2048, 2048)
-    config = PRESETS[PRESET]
+    config = EARTHFORMERS[PRESET]
     model = Earthformer(config)
     model = model.fuse() if row == "forward, fused" else model
     model.train(row == "training step")
@@ -85,7 +85,7 @@ def measure(row: str, arguments: argparse.Namespace) -> dict[str, float]:
 def difference() -> float:
     """Greatest difference of the fused forecast from the plain one at full size, in float64."""
     torch.manual_seed(0)
-    model = Earthformer(PRESETS[PRESET]).double().eval()
+    model = Earthformer(EARTHFORMERS[PRESET]).double().eval()
     context = torch.rand(1, *model.config.context, dtype=torch.float64)
     with torch.inference_mode():
         return (model.fuse()(context) - model(context)).abs().max().item()

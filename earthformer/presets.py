@@ -1,0 +1,115 @@
+"""The presets: every network by name, published and tiny."""
+
+from dataclasses import replace
+
+from earthformer.config import (
+    Attention,
+    EarthformerConfig,
+    FeedForward,
+    GlobalVectors,
+    StemStage,
+)
+from earthformer.prediff_config import (
+    AlignmentConfig,
+    AutoencoderConfig,
+    DenoiserConfig,
+    PreDiffConfig,
+)
+
+_SEVIR = EarthformerConfig(
+    context=(13, 384, 384, 1),
+    target=(12, 384, 384, 1),
+    widths=(128, 256),
+    stem=(StemStage(16, (1, 3, 3)), StemStage(64, (1, 2, 2)), StemStage(128, (1, 2, 2))),
+    global_vectors=GlobalVectors(count=8),
+)
+_TINY = EarthformerConfig(
+    context=(7, 128, 128, 1),
+    target=(6, 128, 128, 1),
+    widths=(32, 64),
+    stem=(StemStage(4, (1, 4, 4), convs=1), StemStage(32, (1, 2, 2), convs=1)),
+    attention=Attention(dropout=0.0, projection_dropout=0.0),
+    feed_forward=FeedForward(dropout=0.0),
+    global_vectors=GlobalVectors(count=4),
+)
+
+EARTHFORMERS: dict[str, EarthformerConfig] = {
+    "earthformer_sevir": _SEVIR,
+    "earthformer_sevir_tiny": replace(
+        _TINY,
+        context=(13, 384, 384, 1),
+        target=(12, 384, 384, 1),
+        stem=(StemStage(4, (1, 6, 6), convs=1), StemStage(32, (1, 4, 4), convs=1)),
+    ),
+    "earthformer_sevir_lr": replace(
+        _SEVIR,
+        context=(7, 128, 128, 1),
+        target=(6, 128, 128, 1),
+        widths=(64, 128),
+        stem=(StemStage(4), StemStage(16, (1, 2, 2)), StemStage(64, (1, 2, 2))),
+        global_vectors=GlobalVectors(),
+    ),
+    "earthformer_sevir_lr_tiny": _TINY,
+    "earthformer_enso": EarthformerConfig(
+        context=(12, 24, 48, 1),
+        target=(14, 24, 48, 1),
+        widths=(64, 128),
+        stem=(StemStage(64, (1, 1, 2), convs=2, groups=16, final_convs=1),),
+    ),
+    "earthformer_enso_tiny": replace(
+        _TINY,
+        context=(12, 24, 48, 1),
+        target=(14, 24, 48, 1),
+        stem=(StemStage(32, (1, 2, 4), convs=1),),
+        global_vectors=GlobalVectors(),
+    ),
+    "earthformer_radar": replace(
+        _SEVIR,
+        context=(12, 128, 128, 1),
+        target=(12, 128, 128, 1),
+        stem=(StemStage(32, (1, 2, 2)), StemStage(128, (1, 2, 2))),
+    ),
+    "earthformer_radar_tiny": replace(
+        _TINY, context=(12, 128, 128, 1), target=(12, 128, 128, 1), from_last_frame=True
+    ),
+}
+"""Gao et al. (2022) published `earthformer_sevir` (8,659,677 parameters), `earthformer_enso` (1,394,325)."""
+
+_STEADY = Attention(dropout=0.0, projection_dropout=0.0)
+_STEADY_FFN = FeedForward(dropout=0.0)
+
+AUTOENCODERS: dict[str, AutoencoderConfig] = {
+    "prediff_sevir_lr": AutoencoderConfig(frame=(128, 128, 1)),
+    "prediff_sevir_lr_tiny": AutoencoderConfig(
+        frame=(128, 128, 1), widths=(16, 32, 32, 64), layers=1, latent_channels=16, groups=8
+    ),
+}
+DENOISERS: dict[str, PreDiffConfig] = {
+    "prediff_sevir_lr": PreDiffConfig(
+        DenoiserConfig(context=(7, 16, 16, 64), target=(6, 16, 16, 64), widths=(256, 512), depth=(4, 4))
+    ),
+    "prediff_sevir_lr_tiny": PreDiffConfig(
+        DenoiserConfig(
+            context=(7, 16, 16, 16),
+            target=(6, 16, 16, 16),
+            widths=(64, 96),
+            depth=(1, 1),
+            attention=_STEADY,
+            feed_forward=_STEADY_FFN,
+            dropout=0.0,
+        )
+    ),
+}
+ALIGNMENTS: dict[str, AlignmentConfig] = {
+    "prediff_sevir_lr": AlignmentConfig(target=(6, 16, 16, 64), widths=(128, 256), depth=(1, 1)),
+    "prediff_sevir_lr_tiny": AlignmentConfig(
+        target=(6, 16, 16, 16),
+        widths=(64, 96),
+        depth=(1, 1),
+        attention=_STEADY,
+        feed_forward=_STEADY_FFN,
+        dropout=0.0,
+    ),
+}
+"""Gao et al. (2023) published `prediff_sevir_lr`: 84,499,393 parameters the autoencoder, 136,817,538 the
+denoiser and 8,937,033 the alignment network."""
