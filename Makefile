@@ -30,7 +30,7 @@ endif
 	$(EARTHFORMER) prepare $(TASK) --source $(SOURCE) --archive $(ARCHIVE)
 	$(EARTHFORMER) train earthformer --task $(TASK) --preset $(PRESET) --archive $(ARCHIVE) --run $(RUN)
 	$(EARTHFORMER) forecast --run $(RUN) --archive $(ARCHIVE) --split test --out $(FORECASTS)/earthformer.zarr
-	$(EARTHFORMER) forecast --run persistence --task $(TASK) --archive $(ARCHIVE) --split test --out $(FORECASTS)/persistence.zarr
+	$(EARTHFORMER) forecast --forecaster persistence --task $(TASK) --archive $(ARCHIVE) --split test --out $(FORECASTS)/persistence.zarr
 	$(EARTHFORMER) report $(BOTH) --out $(HOME_OF_DEMO)/report.html
 	$(EARTHFORMER) score $(BOTH)
 

@@ -1,10 +1,12 @@
-"""One interface over all forecasters: `loss(batch)` to train, `forecast(context, seeds)` to use.
+"""One interface over all models: `loss(batch)` to train, `forecast(context, seeds)` to use.
 
 Outside a forecaster every field is in the archive's own units; scaling, missing values and the device's
 precision are its own affair. A uint8 field codes missing pixels as 255, a floating-point field as NaN.
 """
 
-from typing import Protocol
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -15,17 +17,69 @@ from earthformer.transformer import Earthformer
 MISSING_BYTE = 255
 
 
-class Forecaster(Protocol):
-    """What training, forecasting and serving need of a model."""
+@dataclass(frozen=True)
+class Members:
+    """Some members of an ensemble forecast."""
 
-    def loss(self, batch: dict[str, Tensor]) -> Tensor:
-        """Scalar training loss of `context` (B, T_in, H, W, C) and `target` (B, T_out, H, W, C)."""
+    fields: Tensor
+    """(B, M, T, H, W, C), float32 in the archive's own units; all NaN where a member failed."""
+    achieved: Tensor | None = None
+    """(B, M): the functional of each member, on the scaled fields, where knowledge alignment was asked."""
+    requested: Tensor | None = None
+    """(B,): what was asked of it."""
+
+
+class Forecaster(Protocol):
+    """What forecasting and serving need of a model."""
 
     def forecast(self, context: Tensor, seeds: Tensor) -> Tensor:
         """Members (B, M, T_out, H, W, C), float32 in the units of `context` (B, T_in, H, W, C).
 
         `seeds` (B, M), int64, decides each member by itself, whatever it is batched with.
         """
+
+
+@runtime_checkable
+class EnsembleForecaster(Forecaster, Protocol):
+    """A forecaster whose members differ."""
+
+    def members(self, context: Tensor, seeds: Tensor, batch: int) -> Iterator[Members]:
+        """The members of one context (1, T_in, H, W, C) and seeds (1, M), `batch` of them at a time.
+
+        What they share is worked out once, and no more than a batch of them need be in memory.
+        """
+
+
+def members_of(forecaster: Forecaster, context: Tensor, seeds: Tensor, batch: int) -> Iterator[Members]:
+    """The members of one context (1, T_in, H, W, C) and seeds (1, M), `batch` of them at a time."""
+    if isinstance(forecaster, EnsembleForecaster):
+        yield from forecaster.members(context, seeds, batch)
+        return
+    for first in range(0, seeds.shape[1], batch):
+        yield Members(forecaster.forecast(context, seeds[:, first : first + batch]))
+
+
+class Trainable(nn.Module):
+    """What the training loop needs of a model."""
+
+    def loss(self, batch: dict[str, Tensor], step: int = 0) -> Tensor:
+        """Scalar loss of `context` (B, T_in, H, W, C) and `target` (B, T_out, H, W, C) at a step."""
+        raise NotImplementedError
+
+    def forward(self, batch: dict[str, Tensor], step: int = 0) -> Tensor:
+        """The loss: data parallelism wraps a module's `forward`."""
+        return self.loss(batch, step)
+
+    def parts(self) -> list[nn.Module]:
+        """What has its gradient clipped by itself."""
+        return [self]
+
+    def after_step(self) -> None:
+        """What is to be done after each optimiser step."""
+
+    def validation_loss(self, batch: dict[str, Tensor], seeds: Tensor) -> Tensor:
+        """Loss of each window (B,), whose random numbers follow from its seed; lower is better."""
+        raise NotImplementedError
 
 
 def present(field: Tensor) -> Tensor:
@@ -41,11 +95,6 @@ class Persistence(nn.Module):
         self.target_frames = target_frames
         self.scaling = scaling
 
-    def loss(self, batch: dict[str, Tensor]) -> Tensor:
-        """Mean squared error on the scaled fields; missing targets count as zero error."""
-        last = _scaled(batch["context"][:, -1:], self.scaling)
-        return _squared_error(last, batch["target"], self.scaling)
-
     def forecast(self, context: Tensor, seeds: Tensor) -> Tensor:
         """Members (B, 1, T_out, H, W, C); NaN where the last frame is missing."""
         _one_member(seeds)
@@ -53,7 +102,7 @@ class Persistence(nn.Module):
         return last[:, None].expand(-1, -1, self.target_frames, -1, -1, -1)
 
 
-class EarthformerForecaster(nn.Module):
+class EarthformerForecaster(Trainable):
     """Earthformer (Gao et al., 2022): a deterministic forecast, trained by the MSE of the scaled fields."""
 
     def __init__(self, config: EarthformerConfig, scaling: Scaling) -> None:
@@ -61,29 +110,26 @@ class EarthformerForecaster(nn.Module):
         self.network = Earthformer(config)
         self.scaling = scaling
 
-    def forward(self, batch: dict[str, Tensor]) -> Tensor:
-        """The loss: data parallelism wraps a module's `forward`."""
-        return self.loss(batch)
-
-    def loss(self, batch: dict[str, Tensor]) -> Tensor:
+    def loss(self, batch: dict[str, Tensor], step: int = 0) -> Tensor:
         """Mean squared error on the scaled fields; missing targets count as zero error.
 
         The mean runs over all pixels, so that it splits exactly over workers and micro-batches.
         """
         return _squared_error(
-            self.network(_scaled(batch["context"], self.scaling)), batch["target"], self.scaling
+            self.network(scaled(batch["context"], self.scaling)), batch["target"], self.scaling
         )
 
     @torch.inference_mode()
     def forecast(self, context: Tensor, seeds: Tensor) -> Tensor:
         """Members (B, 1, T_out, H, W, C), float32 in the units of `context`."""
         _one_member(seeds)
-        return self.scaling.decode(self.network(_scaled(context, self.scaling)).float())[:, None]
+        return self.scaling.decode(self.network(scaled(context, self.scaling)).float())[:, None]
 
 
-def _scaled(context: Tensor, scaling: Scaling) -> Tensor:
+def scaled(field: Tensor, scaling: Scaling) -> Tensor:
+    """What a network sees of a field in the archive's own units; missing pixels as if nothing were there."""
     # Missing is 0 in the field's own units, as in the published loaders: no rain, no anomaly.
-    return scaling.encode(torch.where(present(context), context, 0))
+    return scaling.encode(torch.where(present(field), field, 0))
 
 
 def _squared_error(forecast: Tensor, target: Tensor, scaling: Scaling) -> Tensor:

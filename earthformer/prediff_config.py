@@ -14,7 +14,7 @@ from earthformer.config import (
 )
 
 Schedule = Literal["linear", "sqrt_linear", "sqrt", "cosine"]
-Prediction = Literal["epsilon", "sample"]
+Prediction = Literal["epsilon", "sample", "velocity"]
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,10 @@ class AutoencoderConfig:
     latent_channels: int = 64
     groups: int = 32
     """Of every group norm."""
+    frames_per_window: int = 4
+    """Frames of a window that a training step takes, at random: those of a window are much alike."""
+    crop: int | None = None
+    """Side of the square, at random in the frame, that a training step takes of it; none: the whole frame."""
     kl_weight: float = 1e-6
     adversarial_weight: float = 0.5
     adversarial_start: int = 25000
@@ -46,10 +50,20 @@ class AutoencoderConfig:
     def __post_init__(self) -> None:
         need(len(self.frame) == 3 and min(self.frame) >= 1, "frame", self.frame, "(H, W, C) from 1")
         need(len(self.widths) >= 1, "widths", self.widths, "at least one level")
-        for name in ("layers", "latent_channels", "groups", "discriminator_width", "discriminator_layers"):
+        for name in (
+            "layers",
+            "latent_channels",
+            "groups",
+            "frames_per_window",
+            "discriminator_width",
+            "discriminator_layers",
+        ):
             need(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         for width in self.widths:
             need(width % self.groups == 0, "width", width, f"a multiple of the {self.groups} groups")
+        crop, reduction = self.crop, self.reduction
+        fits = crop is None or (crop % reduction == 0 and 0 < crop <= min(self.frame[:2]))
+        need(fits, "crop", crop, f"a multiple of {reduction}, no larger than the frame, {self.frame[:2]}")
         for name in ("kl_weight", "adversarial_weight", "perceptual_weight", "adversarial_start"):
             need(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
         for length in self.frame[:2]:
@@ -100,7 +114,7 @@ class DenoiserConfig:
     """Of the residual block that projects the input."""
 
     def __post_init__(self) -> None:
-        _check_levels(self.target, self.widths, self.depth, self.patterns, self.attention)
+        _check_levels(self.target, self.widths, self.depth, self.patterns, self.attention, self.scale_shift)
         need(
             len(self.context) == 4 and min(self.context) >= 1, "context", self.context, "(T, H, W, C) from 1"
         )
@@ -120,6 +134,37 @@ class DenoiserConfig:
     def level_shapes(self) -> tuple[FieldShape, ...]:
         """(T, H, W, C) of the tokens at each level, finest first."""
         return _level_shapes(self.frames, self.target, self.widths, self.downsample)
+
+
+@dataclass(frozen=True)
+class DiffusionConfig:
+    """The noise schedule and what the denoiser predicts (PreDiff, Sec. 3.1; Ho et al., 2020)."""
+
+    timesteps: int = 1000
+    beta_start: float = 1e-4
+    beta_end: float = 2e-2
+    schedule: Schedule = "linear"
+    """`linear` is linear in the square root of beta, which diffusers calls `scaled_linear`."""
+    prediction: Prediction = "epsilon"
+    """What the denoiser predicts: the noise (published), the clean latents, or √ᾱ noise - √(1-ᾱ) clean
+    latents (Salimans & Ho, 2022), which errs little at any noise level and so needs less training."""
+    clip: bool = False
+    """Clamp the predicted clean latents to -1..1."""
+    variance: float = 0.0
+    """0: the posterior's variance; 1: beta."""
+    learn_logvar: bool = True
+    simple_weight: float = 1.0
+    elbo_weight: float = 0.0
+
+    def __post_init__(self) -> None:
+        need(self.timesteps >= 2, "timesteps", self.timesteps, "at least 2")
+        need(0 < self.beta_start <= self.beta_end < 1, "beta_start", self.beta_start, "0 < start <= end < 1")
+        known = ("linear", "sqrt_linear", "sqrt", "cosine")
+        need(self.schedule in known, "schedule", self.schedule, "one of " + ", ".join(known))
+        predictions = ("epsilon", "sample", "velocity")
+        known_of = "one of " + ", ".join(predictions)
+        need(self.prediction in predictions, "prediction", self.prediction, known_of)
+        need(0 <= self.variance <= 1, "variance", self.variance, "a fraction from 0 to 1")
 
 
 @dataclass(frozen=True)
@@ -155,44 +200,24 @@ class AlignmentConfig:
     per_frame: bool = True
     """One value for each frame, else one for all frames together."""
     functional: Functional = field(default_factory=Functional)
+    context_frames: int = 7
+    """Frames whose functional tells what the future's is to be expected."""
+    normalise: bool = False
+    """As the denoiser's, whose noisy latents it reads."""
+    diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
 
     def __post_init__(self) -> None:
-        _check_levels(self.target, self.widths, self.depth, self.patterns, self.attention)
+        _check_levels(self.target, self.widths, self.depth, self.patterns, self.attention, self.scale_shift)
         for name in ("downsample", "time_width", "out_channels"):
             need(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         need(0 <= self.dropout < 1, "dropout", self.dropout, "a rate from 0 to below 1")
+        last = self.widths[-1]
+        need(last % min(last, 32) == 0, "last width", last, "a multiple of its 32 groups")
 
     @property
     def level_shapes(self) -> tuple[FieldShape, ...]:
         """(T, H, W, C) of the tokens at each level, finest first."""
         return _level_shapes(self.target[0], self.target, self.widths, self.downsample)
-
-
-@dataclass(frozen=True)
-class DiffusionConfig:
-    """The noise schedule and what the denoiser predicts (PreDiff, Sec. 3.1; Ho et al., 2020)."""
-
-    timesteps: int = 1000
-    beta_start: float = 1e-4
-    beta_end: float = 2e-2
-    schedule: Schedule = "linear"
-    """`linear` is linear in the square root of beta, which diffusers calls `scaled_linear`."""
-    prediction: Prediction = "epsilon"
-    clip: bool = False
-    """Clamp the predicted clean latents to -1..1."""
-    variance: float = 0.0
-    """0: the posterior's variance; 1: beta."""
-    learn_logvar: bool = True
-    simple_weight: float = 1.0
-    elbo_weight: float = 0.0
-
-    def __post_init__(self) -> None:
-        need(self.timesteps >= 1, "timesteps", self.timesteps, "at least 1")
-        need(0 < self.beta_start <= self.beta_end < 1, "beta_start", self.beta_start, "0 < start <= end < 1")
-        known = ("linear", "sqrt_linear", "sqrt", "cosine")
-        need(self.schedule in known, "schedule", self.schedule, "one of " + ", ".join(known))
-        need(self.prediction in ("epsilon", "sample"), "prediction", self.prediction, "epsilon or sample")
-        need(0 <= self.variance <= 1, "variance", self.variance, "a fraction from 0 to 1")
 
 
 @dataclass(frozen=True)
@@ -202,6 +227,16 @@ class PreDiffConfig:
     denoiser: DenoiserConfig
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
     ema_decay: float = 0.9999
+    normalise: bool = False
+    """Bring the target's latents to a standard deviation of 1 in each channel; published: as they are."""
+
+    def __post_init__(self) -> None:
+        need(0 <= self.ema_decay < 1, "ema_decay", self.ema_decay, "a fraction from 0 to below 1")
+
+
+def norm_groups(width: int) -> int:
+    """Groups of the norms of a residual block: one a channel unless `width` is a multiple of 32."""
+    return 32 if width % 32 == 0 else width
 
 
 def _check_levels(
@@ -210,6 +245,7 @@ def _check_levels(
     depth: tuple[int, ...],
     patterns: tuple[str | tuple[Cuboid, ...], ...],
     attention: Attention,
+    scale_shift: bool,
 ) -> None:
     need(len(target) == 4 and min(target) >= 1, "target", target, "(T, H, W, C) of whole numbers from 1")
     levels, heads = len(widths), attention.heads
@@ -218,6 +254,9 @@ def _check_levels(
         need(width >= 1 and width % heads == 0, "width", width, f"a multiple of the {heads} heads")
     need(len(depth) == levels and min(depth) >= 1, "depth", depth, f"{levels} depths of at least 1")
     need(len(patterns) in (1, levels), "patterns", patterns, f"1 or {levels} patterns")
+    # A norm of one channel takes away whatever constant was added to that channel.
+    steps_count = scale_shift or any(norm_groups(width) < width for width in widths)
+    need(steps_count, "widths", widths, "a multiple of 32 above 32 for the step to be felt, or scale_shift")
 
 
 def _level_shapes(

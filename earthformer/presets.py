@@ -13,6 +13,7 @@ from earthformer.prediff_config import (
     AlignmentConfig,
     AutoencoderConfig,
     DenoiserConfig,
+    DiffusionConfig,
     PreDiffConfig,
 )
 
@@ -78,13 +79,40 @@ EARTHFORMERS: dict[str, EarthformerConfig] = {
 _STEADY = Attention(dropout=0.0, projection_dropout=0.0)
 _STEADY_FFN = FeedForward(dropout=0.0)
 
+_RADAR_AUTOENCODER = AutoencoderConfig(
+    frame=(256, 256, 1),
+    widths=(16, 32, 32, 64),
+    layers=1,
+    latent_channels=8,
+    groups=8,
+    frames_per_window=6,
+    crop=128,
+)
+
 AUTOENCODERS: dict[str, AutoencoderConfig] = {
+    "prediff_radar_256": _RADAR_AUTOENCODER,
     "prediff_sevir_lr": AutoencoderConfig(frame=(128, 128, 1)),
     "prediff_sevir_lr_tiny": AutoencoderConfig(
         frame=(128, 128, 1), widths=(16, 32, 32, 64), layers=1, latent_channels=16, groups=8
     ),
 }
 DENOISERS: dict[str, PreDiffConfig] = {
+    "prediff_radar_256": PreDiffConfig(
+        DenoiserConfig(
+            context=(4, 32, 32, 8),
+            target=(12, 32, 32, 8),
+            aligned_channels=8,
+            widths=(32, 64, 96),
+            depth=(1, 1, 1),
+            attention=_STEADY,
+            feed_forward=_STEADY_FFN,
+            scale_shift=True,
+            dropout=0.0,
+        ),
+        DiffusionConfig(prediction="velocity"),
+        ema_decay=0.998,
+        normalise=True,
+    ),
     "prediff_sevir_lr": PreDiffConfig(
         DenoiserConfig(context=(7, 16, 16, 64), target=(6, 16, 16, 64), widths=(256, 512), depth=(4, 4))
     ),
@@ -97,7 +125,9 @@ DENOISERS: dict[str, PreDiffConfig] = {
             attention=_STEADY,
             feed_forward=_STEADY_FFN,
             dropout=0.0,
-        )
+        ),
+        ema_decay=0.995,
+        normalise=True,
     ),
 }
 ALIGNMENTS: dict[str, AlignmentConfig] = {
@@ -109,6 +139,7 @@ ALIGNMENTS: dict[str, AlignmentConfig] = {
         attention=_STEADY,
         feed_forward=_STEADY_FFN,
         dropout=0.0,
+        normalise=True,
     ),
 }
 """Gao et al. (2023) published `prediff_sevir_lr`: 84,499,393 parameters the autoencoder, 136,817,538 the

@@ -1,82 +1,23 @@
 """Earthformer: an encoder-decoder of cuboid attention for space-time forecasting (Gao et al., 2022)."""
 
 import copy
-from collections.abc import Sequence
 from itertools import pairwise
-from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from earthformer.config import CrossCuboid, Cuboid, EarthformerConfig, FieldShape, GlobalVectors
+from earthformer.config import CrossCuboid, EarthformerConfig, FieldShape
 from earthformer.cuboid import CuboidCrossAttention, CuboidSelfAttention, cross_pattern, self_pattern
 from earthformer.layers import (
     FinalDecoder,
     InitialEncoder,
     PatchMerging,
     PositionEmbedding,
-    PositionwiseFeedForward,
     Projection,
     Upsample,
     nearest_resize,
 )
-
-P = TypeVar("P")
-
-
-def _of_level(patterns: Sequence[P], level: int) -> P:
-    return patterns[0 if len(patterns) == 1 else level]
-
-
-def _feed_forwards(config: EarthformerConfig, dim: int, count: int) -> nn.ModuleList:
-    return nn.ModuleList(PositionwiseFeedForward(dim, config.feed_forward, config.norm) for _ in range(count))
-
-
-class SelfStack(nn.Module):
-    """The self-attention layers of a pattern, each with its feed-forward, or one feed-forward after all."""
-
-    def __init__(
-        self,
-        config: EarthformerConfig,
-        cuboids: tuple[Cuboid, ...],
-        shape: FieldShape,
-        inter_ffn: bool,
-        global_vectors: GlobalVectors | None,
-    ) -> None:
-        super().__init__()
-        *thw, dim = shape
-        t, h, w = thw
-        self.inter_ffn = inter_ffn
-        self.attn_l = nn.ModuleList(
-            CuboidSelfAttention(dim, cuboid, (t, h, w), config.attention, global_vectors, config.norm)
-            for cuboid in cuboids
-        )
-        count = len(cuboids) if inter_ffn else 1
-        self.ffn_l = _feed_forwards(config, dim, count)
-        wide = global_vectors is not None and global_vectors.feed_forward
-        self.global_ffn_l = (
-            _feed_forwards(config, config.global_vectors.ratio * dim, count) if wide else nn.ModuleList()
-        )
-
-    def forward(
-        self, x: Tensor, g: Tensor | None = None, last_update: bool = True
-    ) -> tuple[Tensor, Tensor | None]:
-        """`x` (B, T, H, W, C) and `g` (B, G, ratio * C) after the stack.
-
-        Without `last_update` the global vectors are not brought up to date after the last layer.
-        """
-        last = len(self.attn_l) - 1
-        for i, attention in enumerate(self.attn_l):
-            dx, dg = attention(x, g, last_update or i < last)
-            x = x + dx
-            if g is not None and dg is not None:
-                g = g + dg
-            if self.inter_ffn or i == last:
-                place = i if self.inter_ffn else 0
-                x = self.ffn_l[place](x)
-                if g is not None and dg is not None and len(self.global_ffn_l):
-                    g = self.global_ffn_l[place](g)
-        return x, g
+from earthformer.stacks import SelfStack, feed_forwards, of_level
 
 
 class CrossStack(nn.Module):
@@ -108,7 +49,8 @@ class CrossStack(nn.Module):
             )
             for cuboid in cuboids
         )
-        self.ffn_l = _feed_forwards(config, dim, len(cuboids) if self.inter_ffn else 1)
+        count = len(cuboids) if self.inter_ffn else 1
+        self.ffn_l = feed_forwards(dim, config.feed_forward, config.norm, count)
 
     def forward(self, x: Tensor, memory: Tensor, g: Tensor | None) -> Tensor:
         """`x` (B, T, H, W, C), the shape kept, after it has looked at the memory and its global vectors."""
@@ -130,11 +72,13 @@ class MemoryEncoder(nn.Module):
         self.blocks = nn.ModuleList(
             nn.ModuleList(
                 SelfStack(
-                    config,
-                    self_pattern(_of_level(config.encoder.patterns, level), shape[:3]),
+                    self_pattern(of_level(config.encoder.patterns, level), shape[:3]),
                     shape,
+                    config.attention,
+                    config.feed_forward,
                     config.encoder.inter_ffn,
                     shared if shared.count else None,
+                    config.norm,
                 )
                 for _ in range(config.encoder.depth[level])
             )
@@ -184,12 +128,20 @@ class MemoryDecoder(nn.Module):
         for level, memory in enumerate(config.memory_shapes):
             shape = (frames, *memory[1:])
             depth = options.depth[level]
-            cuboids = self_pattern(_of_level(options.self_patterns, level), memory[:3])
-            cross = cross_pattern(_of_level(options.cross_patterns, level), memory[:3])
+            cuboids = self_pattern(of_level(options.self_patterns, level), memory[:3])
+            cross = cross_pattern(of_level(options.cross_patterns, level), memory[:3])
             self_global = shared if shared.count and shared.in_decoder_self else None
             self.self_blocks.append(
                 nn.ModuleList(
-                    SelfStack(config, cuboids, shape, options.inter_ffn, self_global)
+                    SelfStack(
+                        cuboids,
+                        shape,
+                        config.attention,
+                        config.feed_forward,
+                        options.inter_ffn,
+                        self_global,
+                        config.norm,
+                    )
                     for _ in range(depth - (level == top and not options.first_self_attention))
                 )
             )

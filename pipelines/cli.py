@@ -5,7 +5,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -108,11 +108,14 @@ def _print_quarantine(rows: Sequence[dict[str, str]], most: int | None = 20) -> 
 
 @app.command()
 def train(
-    trainable: Annotated[str, typer.Argument(help="earthformer")],
+    trainable: Annotated[str, typer.Argument(help="earthformer, autoencoder, denoiser or alignment")],
     archive: Archive,
     run: Annotated[str, typer.Option(help="URL of the run directory.")],
     task: Annotated[str, typer.Option(help="sevir, sevir-lr, enso or radar")],
     preset: Annotated[str | None, typer.Option(help="Model preset; default: the task's.")] = None,
+    autoencoder: Annotated[
+        str | None, typer.Option(help="Denoiser, alignment: URL of the autoencoder's finished run.")
+    ] = None,
     config: ConfigFile = None,
     assignments: Assignments = None,
     workers: Annotated[int, typer.Option(help="Data-parallel workers.")] = 1,
@@ -122,46 +125,102 @@ def train(
     ] = False,
 ) -> None:
     """Train on Ray Train; the same command resumes after a kill."""
-    from pipelines import runs
+    from pipelines import configs
     from pipelines.train import train
 
-    if trainable != "earthformer":
-        raise InputError(f"trainable {trainable!r} is unknown: needed earthformer")
-    resolved = runs.resolve(task, preset, runs.read_overlay(config, assignments or []))
+    overlay = configs.read_overlay(config, assignments or [])
+    resolved = configs.resolve(task, preset, overlay, trainable=trainable, autoencoder=autoencoder)
     if dry_run:
         console.print_json(json.dumps({"config_hash": resolved.hash, **asdict(resolved)}))
         return
-    trained = train(resolved, archive, run, workers=workers, gpu=gpu)
+    trained = train(resolved, archive, run, autoencoder=autoencoder, workers=workers, gpu=gpu)
     console.print(str(trained), highlight=False, soft_wrap=True)
 
 
 @app.command()
 def forecast(
-    run: Annotated[str, typer.Option(help="URL of a finished run, or `persistence`.")],
     archive: Archive,
     out: Annotated[str, typer.Option(help="URL of the forecast Zarr to write.")],
+    run: Annotated[str | None, typer.Option(help="URL of a finished earthformer or denoiser run.")] = None,
+    forecaster: Annotated[
+        str | None,
+        typer.Option(help="A baseline instead of a run: persistence, extrapolation, displaced or steps."),
+    ] = None,
     split: Annotated[str, typer.Option(help="train, val or test")] = "test",
-    task: Annotated[str | None, typer.Option(help="For persistence: the task.")] = None,
+    task: Annotated[str | None, typer.Option(help="For a baseline: the task.")] = None,
     config: ConfigFile = None,
     assignments: Assignments = None,
     limit: Annotated[int | None, typer.Option(help="Only the first so many windows.")] = None,
+    every: Annotated[int, typer.Option(help="Only each so many-th window.")] = 1,
     seed: int = 0,
+    members: Annotated[int, typer.Option(help="Members of the ensemble.")] = 1,
+    events: Annotated[str | None, typer.Option(help="YAML list of events to give probabilities of.")] = None,
+    quantiles: Annotated[str, typer.Option(help="Comma-separated, such as 0.1,0.5,0.9.")] = "",
+    keep_members: Annotated[
+        bool, typer.Option("--keep-members", help="Write the members, which `score` needs.")
+    ] = False,
+    until_ci: Annotated[
+        float | None,
+        typer.Option(help="Draw members until no event's confidence interval has a larger half-width."),
+    ] = None,
+    max_members: Annotated[int | None, typer.Option(help="With --until-ci: members at most.")] = None,
+    sampler: Annotated[str | None, typer.Option(help="Diffusion: ddpm, ddim, dpm++ or unipc.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Diffusion: calls of the denoiser a member.")] = None,
+    bf16: Annotated[bool, typer.Option("--bf16", help="Diffusion: the denoiser in bfloat16.")] = False,
+    compiled: Annotated[bool, typer.Option("--compile", help="Diffusion: compile the denoiser.")] = False,
+    alignment: Annotated[
+        str | None, typer.Option(help="Diffusion: run of an alignment network, to guide the forecast.")
+    ] = None,
+    deviations: Annotated[
+        float, typer.Option(help="With --alignment: n of the functional's mu + n sigma that is asked for.")
+    ] = 0.0,
+    strength: Annotated[float, typer.Option(help="With --alignment: scale of the guidance.")] = 50.0,
     workers: Annotated[int, typer.Option(help="Replicas of the forecaster; they share the processors.")] = 1,
     gpu: Annotated[bool, typer.Option("--gpu", help="One GPU a replica.")] = False,
-    batch_size: Annotated[int, typer.Option(help="Windows a forward pass.")] = 8,
+    batch_size: Annotated[int, typer.Option(help="Windows, or members, a forward pass.")] = 8,
     dry_run: DryRun = False,
 ) -> None:
     """Forecast a split of an archive into a CF Zarr; the same command resumes."""
+    from pipelines import configs
     from pipelines import forecast as stage
-    from pipelines import runs
+    from pipelines.events import read_events
 
-    overlay = runs.read_overlay(config, assignments or [])
+    if (run is None) == (forecaster is None):
+        raise InputError("needed either --run URL or --forecaster NAME")
+    if forecaster is not None and forecaster not in stage.BASELINES:
+        configs.unknown("forecaster", forecaster, stage.BASELINES)
+    overlay = configs.read_overlay(config, assignments or [])
     if overlay and not task:
-        raise InputError(
-            "--config and --set lie over the task of persistence: needed --task NAME beside them"
+        raise InputError("--config and --set lie over the task of a baseline: needed --task NAME beside them")
+    if max_members is not None and until_ci is None:
+        raise InputError(f"--max-members {max_members} is for --until-ci: needed --members, or both")
+    ensemble = stage.Ensemble(
+        members=(max_members or 1000) if until_ci is not None else members,
+        until_ci=until_ci,
+        events=read_events(events) if events else (),
+        quantiles=stage.parse_quantiles(quantiles),
+        keep_members=keep_members,
+    )
+    asked: dict[str, Any] = {"sampler": sampler, "steps": steps, "alignment": alignment}
+    given = {name: value for name, value in asked.items() if value is not None}
+    if bf16 or compiled or deviations or given:
+        precision = "bf16" if bf16 else "float32"
+        drawing = stage.Drawing(
+            **given, precision=precision, compile=compiled, deviations=deviations, strength=strength
         )
-    chosen = runs.resolve(task, overlay=overlay).task if task else None
-    planned = stage.plan(run, archive, split, task=chosen, seed=seed, limit=limit)
+    else:
+        drawing = None
+    planned = stage.plan(
+        run or forecaster or "",
+        archive,
+        split,
+        task=configs.resolve(task, overlay=overlay).task if task else None,
+        seed=seed,
+        limit=limit,
+        every=every,
+        ensemble=ensemble,
+        drawing=drawing,
+    )
     if dry_run:
         todo, template = stage.pending(planned, out), stage.template(planned)
         console.print(escape(str(template)), highlight=False, soft_wrap=True)
@@ -182,8 +241,9 @@ def score(
 ) -> None:
     """Score forecasts against the archive, side by side; writes JSON beside each forecast."""
     from pipelines import score as stage
+    from pipelines import sheets
 
-    for table in stage.tables(stage.score(forecasts, archive, workers=workers)):
+    for table in sheets.tables(stage.score(forecasts, archive, workers=workers)):
         console.print(table)
 
 

@@ -4,10 +4,10 @@ import contextlib
 import logging
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import ray
 import ray.data
@@ -133,6 +133,38 @@ def track(rows: ray.data.Dataset, total: int, label: str, progress: bool = True)
             if isinstance(error.cause, Exception):
                 raise error.cause from error
             raise
+
+
+def replicate(
+    replica: type,
+    arguments: dict[str, Any],
+    shards: Sequence[int],
+    label: str,
+    workers: int,
+    gpu: bool,
+    progress: bool = True,
+) -> list[dict[str, Any]]:
+    """Have `workers` actors of a class make all shards; each is told its number of threads and its device.
+
+    Returns the rows that they gave, in any order.
+
+    Raises:
+        Exception: what a replica raised, as itself.
+    """
+    rows = ray.data.from_items([{"shard": i} for i in shards], override_num_blocks=len(shards))
+    done = rows.map(
+        cast(Any, replica),
+        fn_constructor_kwargs={
+            **arguments,
+            # By what was asked, not by what is left: a resumed job gives the same last digits.
+            "threads": max(1, int(ray.cluster_resources().get("CPU", 1)) // workers),
+            "device": "cuda" if gpu else "cpu",
+        },
+        concurrency=min(workers, len(shards)),
+        num_cpus=None if gpu else 0.5,
+        num_gpus=1 if gpu else None,
+    )
+    return list(track(done, len(shards), label, progress))
 
 
 def absolute(url: str) -> str:

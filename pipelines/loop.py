@@ -9,9 +9,10 @@ import contextlib
 import math
 import resource
 import time
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import ray
@@ -21,16 +22,16 @@ import torch
 import torch.distributed
 from torch import Tensor, nn
 
-from earthformer.forecasters import EarthformerForecaster, present
+from earthformer.forecasters import Forecaster, Trainable, present
 from earthformer.scores import Contingency, Errors, Nino
-from pipelines import engine, journal, runs, windows
+from pipelines import configs, engine, journal, latents, runs, windows
 from pipelines.archives.store import Archive, open_archive
 from pipelines.errors import InputError
 from pipelines.tasks import Task
 from pipelines.windows import Window
 
 
-def accumulation(training: runs.Training, workers: int) -> int:
+def accumulation(training: configs.Training, workers: int) -> int:
     """Micro-batches an optimiser step on each worker.
 
     Raises:
@@ -47,7 +48,7 @@ def accumulation(training: runs.Training, workers: int) -> int:
     return training.batch_size // share
 
 
-def schedule_steps(training: runs.Training, train_windows: int) -> int:
+def schedule_steps(training: configs.Training, train_windows: int) -> int:
     """Optimiser steps over which the learning rate runs its course.
 
     With `published_schedule` micro-batches are counted as windows, as the published SEVIR runs did: the
@@ -57,15 +58,15 @@ def schedule_steps(training: runs.Training, train_windows: int) -> int:
     return int(training.epochs * counted / training.batch_size)
 
 
-def learning_rate(step: int, steps: int, training: runs.Training) -> float:
-    """Linear warm-up from 0, then a cosine down to `min_lr_ratio` (Earthformer, Appendix B).
+def learning_rate(step: int, steps: int, training: configs.Training) -> float:
+    """Linear warm-up, then a cosine down to `min_lr_ratio` (Earthformer, Appendix B).
 
     Beyond `steps` the rate stays at its floor, unless `published_schedule` lets it rise.
     """
     warm = round(training.warmup * steps)
     peak, floor = training.learning_rate, training.learning_rate * training.min_lr_ratio
     if step < warm:
-        return peak * step / warm
+        return peak * (training.warmup_start + (1 - training.warmup_start) * step / warm)
     if not training.published_schedule:
         step = min(step, steps)
     return floor + (peak - floor) * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm))) / 2
@@ -74,7 +75,7 @@ def learning_rate(step: int, steps: int, training: runs.Training) -> float:
 def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """No decay for LayerNorm parameters and for names with `bias` (relative position tables included)."""
     layer_norms = {id(p) for m in module.modules() if isinstance(m, nn.LayerNorm) for p in m.parameters()}
-    named = list(module.named_parameters())
+    named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
     free = [p for name, p in named if id(p) in layer_norms or "bias" in name]
     freed = {id(p) for p in free}
     decayed = [p for _, p in named if id(p) not in freed]
@@ -88,7 +89,7 @@ def work(loop: dict[str, Any]) -> None:
     """One rank of a Ray Train group: trains from the run's last checkpoint to the end.
 
     Args:
-        loop: `config` (a `runs.Config` as a dict), `archive` and `run`, URLs that hold on every node.
+        loop: `config` (a `configs.Config` as a dict), `archive` and `run`, URLs that hold on every node.
 
     Raises:
         InputError: what `begin` and `Loop.steps` raise; run or archive out of sight from this node.
@@ -100,7 +101,9 @@ def work(loop: dict[str, Any]) -> None:
         torch.set_num_threads(max(1, engine.cores() // context.get_local_world_size()))
     if journal.read_record(loop["run"], "config.json", needs="config_hash") is None:
         raise InputError(f"{loop['run']} is out of sight from a worker: needed a store that all nodes share")
-    for _ in begin(runs.from_dict(loop["config"]), open_archive(loop["archive"]), loop["run"], ranks).steps():
+    for _ in begin(
+        configs.from_dict(loop["config"]), open_archive(loop["archive"]), loop["run"], ranks
+    ).steps():
         pass
 
 
@@ -127,33 +130,36 @@ class Ranks:
         return gathered
 
 
-def begin(config: runs.Config, archive: Archive, run: str, ranks: Ranks) -> "Loop":
+def begin(config: configs.Config, archive: Archive, run: str, ranks: Ranks) -> "Loop":
     """The loop where the run's last checkpoint left it, or at the start.
 
     Raises:
         InputError: the checkpoint is damaged or of another model.
     """
     torch.manual_seed(config.training.seed)
-    forecaster = EarthformerForecaster(config.model, config.task.scaling)
+    trainable = runs.build(config)
     state, optimiser_state = _State(), None
     records = journal.checkpoints(run)
     if records:
         weights, saved = journal.load_checkpoint(run, records[-1])
-        runs.load_weights(forecaster, weights, f"{run}, checkpoint of step {records[-1]['step']},")
+        runs.load_weights(trainable, weights, f"{run}, checkpoint of step {records[-1]['step']},")
         optimiser_state = saved.pop("optimiser")
         state = _State(**saved)
-    model: nn.Module = forecaster.to(ranks.device)
+    elif config.trainable in configs.ON_LATENTS:
+        latents.load_autoencoder(trainable, run)
+    model: nn.Module = trainable.to(ranks.device)
     if ranks.world > 1:
         # Some published tensors (the last encoder layer's global updates) cannot affect the output.
         model = ray.train.torch.prepare_model(
             model, parallel_strategy_kwargs={"find_unused_parameters": True}
         )
-    optimiser = torch.optim.AdamW(parameter_groups(forecaster, config.training.weight_decay))
+    groups = parameter_groups(trainable, config.training.weight_decay)
+    optimiser = torch.optim.AdamW(groups, betas=config.training.betas)
     if optimiser_state is not None:
         optimiser.load_state_dict(optimiser_state)
     compiled = torch.compile(model) if config.training.compile else model
     metrics = journal.Metrics(run, state.step) if ranks.rank == 0 else None
-    return Loop(config, archive, run, ranks, forecaster, compiled, optimiser, state, metrics)
+    return Loop(config, archive, run, ranks, trainable, compiled, optimiser, state, metrics)
 
 
 @dataclass
@@ -184,13 +190,13 @@ class _Interval:
 class Loop:
     """Optimiser steps, with validations, checkpoints and metrics where they are due."""
 
-    config: runs.Config
+    config: configs.Config
     archive: Archive
     run_url: str
     ranks: Ranks
-    forecaster: EarthformerForecaster
+    trainable: Trainable
     model: Any
-    """The forecaster, in `DistributedDataParallel` and `torch.compile` where they are on."""
+    """The trainable, in `DistributedDataParallel` and `torch.compile` where they are on."""
     optimiser: torch.optim.Optimizer
     state: _State
     metrics: journal.Metrics | None
@@ -238,10 +244,18 @@ class Loop:
         for step in range(self.state.step_in_epoch, self.epoch_steps):
             first = step * training.batch_size + ranks.rank * share
             mine += order[first : first + share]
-        batches = windows.batches(self.config.task, self.archive, mine, training.micro_batch, ranks.device)
+        batches = self._read(mine, "train")
         many = accumulation(training, ranks.world)
         while len(step_batches := [b for _, b in zip(range(many), batches, strict=False)]) == many:
             yield step_batches
+
+    def _read(self, keys: list[Window], split: str) -> Iterator[dict[str, Tensor]]:
+        """Batches of windows: latents where they are stored, else fields."""
+        training, device = self.config.training, self.ranks.device
+        if latents.stored(self.config):
+            place, epoch = latents.store_of(self.run_url, split), self.state.epoch
+            return latents.batches(place, keys, training.micro_batch, epoch, device)
+        return windows.batches(self.config.task, self.archive, keys, training.micro_batch, device)
 
     def _step(self, batches: list[dict[str, Tensor]]) -> None:
         training, step = self.config.training, self.state.step
@@ -255,13 +269,16 @@ class Loop:
         loss = torch.zeros((), device=self.ranks.device)
         for i, batch in enumerate(batches):
             held = self.ranks.world > 1 and i < len(batches) - 1
+            if training.augment and not latents.stored(self.config):
+                batch = augmented(batch)
             with self.model.no_sync() if held else contextlib.nullcontext():
                 with self._autocast():
-                    part = self.model(batch) / len(batches)
+                    part = self.model(batch, step) / len(batches)
                 part.backward()
             loss += part.detach()
-        norm = nn.utils.clip_grad_norm_(self.forecaster.parameters(), training.clip_norm)
-        if not torch.isfinite(norm):
+        parts = [nn.utils.clip_grad_norm_(m.parameters(), training.clip_norm) for m in self.trainable.parts()]
+        norm = torch.stack(parts).max()
+        if not all(map(torch.isfinite, parts)):
             # Gradients are the same on all ranks, so that all come here.
             raise InputError(
                 f"training diverged at step {step + 1}: loss {self.ranks.mean(loss):.6g}, gradient norm "
@@ -270,6 +287,7 @@ class Loop:
             )
         self.optimiser.step()
         self.optimiser.zero_grad(set_to_none=True)
+        self.trainable.after_step()
         self.state.step += 1
         self.interval.steps += 1
         self.interval.loss += loss
@@ -293,47 +311,73 @@ class Loop:
         record = {
             "step": self.state.step,
             "epoch": self.state.epoch,
-            "score": validated.get(self.config.task.monitor),
+            "score": self._score(validated) if validated else None,
             "finished": self._finished(),
             "peak_rss_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
         }
         state = {**vars(self.state), "optimiser": self.optimiser.state_dict()}
-        journal.save_checkpoint(self.run_url, self.forecaster.state_dict(), state, record)
+        journal.save_checkpoint(self.run_url, self.trainable.state_dict(), state, record)
+
+    def _score(self, validated: dict[str, float]) -> float:
+        """What picks the best checkpoint: higher is better."""
+        monitored = validated[self.config.monitor]
+        return -monitored if self.config.monitor == configs.LOSS else monitored
 
     @torch.inference_mode()
     def _validate(self) -> dict[str, float]:
         """Score the validation split; every rank takes its share and gets the scores of all."""
-        task, ranks = self.config.task, self.ranks
+        ranks = self.ranks
         mine = self.val_windows[ranks.rank :: ranks.world]
         self.model.eval()
         states: list[Any] = []
         done = 0
-        size = self.config.training.micro_batch
-        for batch in windows.batches(task, self.archive, mine, size, ranks.device):
-            count = len(batch["context"])
+        for batch in self._read(mine, "val"):
+            keys = mine[done : done + len(next(iter(batch.values())))]
             with self._autocast():
-                forecast = self.forecaster.forecast(batch["context"], torch.zeros(count, 1))[:, 0]
-            truth = torch.where(present(batch["target"]), batch["target"].float(), torch.nan)
-            part = validation_states(
-                task, self.archive, mine[done : done + count], forecast.cpu(), truth.cpu()
-            )
+                part = self._validated(batch, keys)
             states = [a + b for a, b in zip(states, part, strict=True)] if states else part
-            done += count
+            done += len(keys)
         shares = [share for share in ranks.gather(states) if share]
-        validated = summarise(task, [sum(parts[1:], parts[0]) for parts in zip(*shares, strict=True)])
-        score = validated[task.monitor]
+        merged = [sum(parts[1:], parts[0]) for parts in zip(*shares, strict=True)]
+        if self.config.monitor == configs.LOSS:
+            total, count = merged
+            validated = {configs.LOSS: total / count}
+        else:
+            validated = summarise(self.config.task, merged)
+        score = self._score(validated)
         if not math.isfinite(score):
             raise InputError(
-                f"the validation score {task.monitor} is {score} at step {self.state.step}: needed a finite "
-                "number; is anything observed in the validation split?"
+                f"the validation score {self.config.monitor} is {score} at step {self.state.step}: needed a "
+                "finite number; is anything observed in the validation split?"
             )
         self.state.stale = 0 if score > self.state.best_score else self.state.stale + 1
         self.state.best_score = max(score, self.state.best_score)
         return validated
 
+    def _validated(self, batch: dict[str, Tensor], keys: list[Window]) -> list[Any]:
+        """Score states of a batch's forecasts, or the sum and count of its losses."""
+        if self.config.monitor == configs.LOSS:
+            seeds = torch.tensor([zlib.crc32(repr(key).encode()) for key in keys])
+            losses = self.trainable.validation_loss(batch, seeds)
+            return [float(losses.double().sum()), len(keys)]
+        forecast = cast(Forecaster, self.trainable).forecast(batch["context"], torch.zeros(len(keys), 1))[
+            :, 0
+        ]
+        truth = torch.where(present(batch["target"]), batch["target"].float(), torch.nan)
+        return validation_states(self.config.task, self.archive, keys, forecast.cpu(), truth.cpu())
+
     def _autocast(self) -> torch.autocast:
         bf16 = self.config.training.precision == "bf16"
         return torch.autocast(self.ranks.device.type, dtype=torch.bfloat16, enabled=bf16)
+
+
+def augmented(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Each window (T, H, W, C) of a batch turned and mirrored at random, context and target alike."""
+    turns = torch.randint(8, (len(batch["context"]),)).tolist()
+    return {
+        name: torch.stack([latents.turned(field, turn) for field, turn in zip(fields, turns, strict=True)])
+        for name, fields in batch.items()
+    }
 
 
 def validation_states(

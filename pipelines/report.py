@@ -1,39 +1,25 @@
 """One self-contained HTML page: score tables, skill against lead time, and forecast frames."""
 
-import base64
-import io
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import fsspec
 import jinja2
-import matplotlib as mpl
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.colors import BoundaryNorm, Colormap, ListedColormap, Normalize
-from matplotlib.figure import Figure
-from matplotlib.layout_engine import ConstrainedLayoutEngine
-from matplotlib.ticker import MaxNLocator
 
+from earthformer.ensemble_scores import surviving
 from earthformer.scores import NINO34_LAT, NINO34_LON
-from pipelines import windows
+from pipelines import maps, plots, verification, windows
 from pipelines.archives.store import Archive, open_archive
+from pipelines.baselines import BASELINES
 from pipelines.errors import InputError
-from pipelines.score import (
-    ScoreCard,
-    Source,
-    check_comparable,
-    error_units,
-    labels,
-    open_forecast,
-    saved,
-    score,
-    sheets,
-)
+from pipelines.maps import Row
+from pipelines.score import ScoreCard, Source, check_comparable, open_forecast, saved, score
+from pipelines.sheets import error_units, labels, sheets
 from pipelines.tasks import Task
 
 TEMPLATE = Path(__file__).with_name("report.html.j2")
@@ -41,48 +27,20 @@ CANDIDATES = 96
 """Cases are chosen among so many windows, evenly spaced: reading all of SEVIR's takes an hour."""
 COLUMNS = {"enso": 4}
 """Frames shown of each context, truth and forecast; 6 where nothing is said."""
-MISSING = "#b9bec5"
-INK, PAPER = "#1c2733", "#ffffff"
-LINES = ("#8a94a0", "#1f6fb2", "#d1495b", "#3a8f5c", "#8e5ea2", "#c98a1b")
-"""The first forecast, most often the baseline, is grey."""
-
-VIL_LEVELS = (0, 16, 31, 59, 74, 100, 133, 160, 181, 219, 255)
-VIL_COLOURS = (
-    "#ffffff",  # Below 16 there is nothing to see: left as blank as the page.
-    "#28be28",
-    "#199619",
-    "#0a690a",
-    "#0a4b0a",
-    "#f5f500",
-    "#edac00",
-    "#f06e00",
-    "#a00000",
-    "#e700ff",
-)
-RAIN_LEVELS = (0, 0.1, 0.25, 0.5, 1, 2, 4, 8, 16, 32, 100)
-RAIN_COLOURS = (
-    "#ffffff",
-    "#d3e6f5",
-    "#9fcbe8",
-    "#5a9fd4",
-    "#2b6cb0",
-    "#2ca25f",
-    "#a6d854",
-    "#ffd92f",
-    "#f5892a",
-    "#d7191c",
-)
-SST_RANGE = 3.0
-"""K either side of no anomaly."""
+STAMPS = 8
+"""Postage stamps in each of two rows: the truth and members."""
+EVENTS = 4
+"""Events of which maps are shown."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """A window that is shown: context, truth and forecasts as one image."""
+    """A window that is shown."""
 
     title: str
     why: str
-    image: str
+    images: tuple[tuple[str, str], ...]
+    """What each says, and the image."""
 
 
 def report(
@@ -121,11 +79,12 @@ def report(
         headline=headline(cards),
         sample=_sample(cards[0]),
         sheets=sheets(cards),
-        curves=curves(cards),
+        curves=plots.curves(cards),
+        diagrams=plots.diagrams(cards, _side(sources[0])),
         cases=[
             _case(sources, cards, opened, index, why) for index, why in _choose(sources[0], opened, cases)
         ],
-        reading=_reading(cards[0].task, not _metric(sources[0])),
+        reading=_reading(cards[0].task, not maps.metric(sources[0])),
         sources=[_provenance(source, card) for source, card in zip(sources, cards, strict=True)],
         archive={"url": archive, "hash": opened.config_hash, "kind": opened.kind},
         commands=_commands(sources, archive, out),
@@ -226,48 +185,6 @@ def _listed(items: Sequence[str]) -> str:
     return " and ".join(filter(None, [", ".join(items[:-1]), items[-1]]))
 
 
-# ----------------------------------------------------------------------------------------------- curves
-
-
-def curves(cards: Sequence[ScoreCard]) -> list[tuple[str, str]]:
-    """(title, image) of each score against lead time."""
-    (mse, factor), _ = error_units(cards[0].task)
-    plots: list[tuple[str, str, list[np.ndarray]]] = []
-    if cards[0].counts:
-        csi = [card.counts[0].per_lead_time()["CSI"].numpy() for card in cards]
-        plots.append(("CSI-M, mean over thresholds", "CSI-M", [each.mean(0) for each in csi]))
-    nino = [card.nino.per_lead_time() for card in cards if card.nino is not None]
-    for name, title in (("C-Nino3.4", "Correlation of Niño3.4"), ("RMSE", "RMSE of Niño3.4 in K")):
-        if nino:
-            plots.append((title, name, [each[name].numpy() for each in nino]))
-    errors = [card.errors.per_lead_time()["MSE"].numpy() * factor for card in cards]
-    plots.append((mse, mse, errors))
-    if cards[0].counts:
-        unit = " mm/h" if cards[0].task.variable == "rate" else ""
-        for i, threshold in enumerate(cards[0].task.thresholds):
-            plots.append((f"CSI at ≥ {threshold:g}{unit}", "CSI", [each[i] for each in csi]))
-    return [(title, _curve(cards, name, lines)) for title, name, lines in plots]
-
-
-def _curve(cards: Sequence[ScoreCard], name: str, lines: list[np.ndarray]) -> str:
-    unit = "months" if cards[0].task.archive == "enso" else "min"
-    with _style():
-        figure = Figure(figsize=(4.2, 2.7), layout="constrained")
-        axes = figure.subplots()
-        for i, (label, line) in enumerate(zip(labels(cards), lines, strict=True)):
-            # Niño3.4 has two leads fewer: a lead is the mean of three months.
-            lead = cards[0].lead_times[: len(line)]
-            axes.plot(lead, line, "o-", color=LINES[i % len(LINES)], label=label, lw=1.8, ms=3.5)
-        axes.set_xlabel(f"lead time ({unit})")
-        axes.set_ylim(bottom=min(0.0, *(np.nanmin(line, initial=0.0) for line in lines)))
-        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-        axes.grid(axis="y", color="#e4e8ec", lw=0.8)
-        axes.legend(frameon=False, fontsize=8.5, loc="best")
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format="svg", metadata={"Date": None})
-    return _data_uri("svg+xml", buffer)
-
-
 # ------------------------------------------------------------------------------------------------ cases
 
 
@@ -311,19 +228,107 @@ def _case(
     context = _masked(pixels["context"][0, ..., 0])
     columns = COLUMNS.get(task.archive, 6)
     back, ahead = _spread(task.context, columns), _spread(task.target, columns)
-    rows = [("context", [context[i] for i in back], [_frame_title(task, times, i) for i in back])]
     titles = [_frame_title(task, times, task.context + i) for i in ahead]
-    rows.append(("truth", [truth[i] for i in ahead], titles))
+    rows = [
+        Row("context", [context[i] for i in back], [_frame_title(task, times, i) for i in back]),
+        Row("truth", [truth[i] for i in ahead], titles),
+    ]
     for other, label in zip(sources, labels(cards), strict=True):
         values = _masked(other.read(index, index + 1)[0, ..., 0])
-        rows.append((label, [values[i] for i in ahead], titles))
-    if task.archive == "enso":
-        land = np.ma.getdata(context == 0).all(0)
-        rows = [(n, [np.ma.masked_where(land, f) for f in frames], t) for n, frames, t in rows]
+        rows.append(Row(label, [values[i] for i in ahead]))
+    # Land has no anomaly, whatever a forecast says of it.
+    land: Any = np.ma.getdata(context == 0).all(0) if task.archive == "enso" else None
+    if land is not None:
+        rows = [replace(row, fields=[np.ma.masked_where(land, f) for f in row.fields]) for row in rows]
     start = times[task.context - 1]
     when = f"month {key.start + task.context}" if task.archive == "enso" else f"{_clock(start, True)} UTC"
     where = key.series + (f", tile at row {key.tile[0]}, column {key.tile[1]}" if key.tile else "")
-    return Case(f"{where}, from {when}", why, _frames(source, index, rows))
+    images = [("Context, truth and forecasts.", maps.draw(source, index, rows, maps.palette(task)))]
+    for other, label in zip(sources, labels(cards, members=True), strict=True):
+        if other.members > 1:
+            images.append(_stamps(other, label, index, truth, titles[-1], land))
+            if task.thresholds:
+                images.append(_probabilities(other, label, index, truth, ahead, titles))
+        if "probability" in other.store.root:
+            images.append(_events(other, label, index))
+    return Case(f"{where}, from {when}", why, tuple(images))
+
+
+def _stamps(
+    source: Source, label: str, index: int, truth: np.ma.MaskedArray, title: str, land: np.ndarray | None
+) -> tuple[str, str]:
+    """The truth and members at the last lead time."""
+    shown = min(source.members, 2 * STAMPS - 1)
+    last = source.read_members(index, index + 1, slice(shown))[0, :, -1, ..., 0].numpy()
+    fields = [truth[-1], *map(_masked, last)]
+    if land is not None:
+        fields = [np.ma.masked_where(land, field) for field in fields]
+    names = ["truth", *(f"member {m + 1}" for m in range(shown))]
+    rows = [
+        Row("", fields[first : first + STAMPS], names[first : first + STAMPS])
+        for first in range(0, len(fields), STAMPS)
+    ]
+    said = f"{_capital(label)}: the truth and the first {shown} members, {title}."
+    return said, maps.draw(source, index, rows, maps.palette(source.task))
+
+
+def _probabilities(
+    source: Source,
+    label: str,
+    index: int,
+    truth: np.ma.MaskedArray,
+    ahead: list[int],
+    titles: list[str],
+) -> tuple[str, str]:
+    """Fraction of members at or above thresholds, with the outline of the truth."""
+    happened = [t for t in source.task.thresholds if (truth[ahead] >= t).any()] or [source.task.thresholds[0]]
+    chosen = sorted({happened[0], happened[len(happened) // 2], happened[-1]})
+    count, alive = np.zeros((len(chosen), *truth.shape)), 0
+    missing = np.zeros(truth.shape, dtype=bool)
+    read = partial(source.read_members, index, index + 1)
+    for part in verification.groups(read, source.members):
+        for member in part[0, surviving(part)[0], ..., 0].numpy():
+            alive += 1
+            missing |= np.isnan(member)
+            count += member >= np.reshape(chosen, (-1, 1, 1, 1))
+    share = np.ma.masked_where(np.broadcast_to(missing | (alive == 0), count.shape), count / max(1, alive))
+    unit = " mm/h" if source.task.variable == "rate" else ""
+    rows = [
+        Row(
+            f"≥ {threshold:g}{unit}",
+            [share[n, i] for i in ahead],
+            titles if n == 0 else (),
+            [np.ma.filled(truth[i] >= threshold, False) for i in ahead],
+        )
+        for n, threshold in enumerate(chosen)
+    ]
+    said = f"{_capital(label)}: probability of reaching a threshold; the line is where the truth did."
+    return said, maps.draw(source, index, rows, maps.probabilities())
+
+
+def _events(source: Source, label: str, index: int) -> tuple[str, str]:
+    """Probabilities of the events that the forecast was asked for, with their confidence intervals."""
+    root = source.store.root
+    names = [str(name) for name in root["event"].values]
+    kinds = {"ci_low": "low end of interval", "probability": "probability", "ci_high": "high end of interval"}
+    shown = {name: title for name, title in kinds.items() if name in root}
+    fields = {name: root[name].isel(window=index).values for name in shown}
+    rows = [
+        Row(
+            name,
+            [np.ma.masked_invalid(fields[kind][e]) for kind in shown],
+            [*shown.values()] if e == 0 else (),
+        )
+        for e, name in enumerate(names[:EVENTS])
+    ]
+    said = f"{_capital(label)}: probability of {_listed([f'“{name}”' for name in names[:EVENTS]])}."
+    return said, maps.draw(source, index, rows, maps.probabilities())
+
+
+def _side(source: Source) -> tuple[float, str]:
+    """Length and unit of the longer side of the windows."""
+    west, east, south, north = maps.view(source, 0)[0]
+    return max(abs(east - west), abs(north - south)), "km" if maps.metric(source) else "°"
 
 
 def _spread(count: int, columns: int) -> list[int]:
@@ -352,111 +357,6 @@ def _masked(field: np.ndarray) -> np.ma.MaskedArray:
     return np.ma.masked_equal(field, 255) if field.dtype == np.uint8 else np.ma.masked_invalid(field)
 
 
-def _palette(task: Task) -> tuple[Colormap, Normalize, dict[str, Any], str]:
-    """Colours, their levels, arguments of the colour bar, and its label."""
-    if task.variable == "sst":
-        cmap = mpl.colormaps["RdBu_r"].with_extremes(bad=MISSING)
-        return cmap, Normalize(-SST_RANGE, SST_RANGE), {"extend": "both"}, "SST anomaly (K)"
-    vil = task.variable == "vil"
-    levels, colours = (VIL_LEVELS, VIL_COLOURS) if vil else (RAIN_LEVELS, RAIN_COLOURS)
-    cmap = ListedColormap(list(colours)).with_extremes(bad=MISSING, under=colours[0], over=colours[-1])
-    label = "vertically integrated liquid (encoded)" if vil else "rain rate (mm/h)"
-    return cmap, BoundaryNorm(levels, cmap.N), {"ticks": levels, "format": "%g"}, label
-
-
-def _frames(source: Source, index: int, rows: list[tuple[str, list[np.ma.MaskedArray], list[str]]]) -> str:
-    extent, origin = _view(source, index)
-    cmap, norm, extra, label = _palette(source.task)
-    columns = max(len(frames) for _, frames, _ in rows)
-    width = 12 / columns
-    height = width * (extent[3] - extent[2]) / (extent[1] - extent[0])
-    with _style():
-        size = (width * columns + 0.7, (height + 0.05) * len(rows) + 1.1)
-        figure = Figure(
-            size, layout=ConstrainedLayoutEngine(w_pad=0.02, h_pad=0.02, wspace=0.01, hspace=0.01)
-        )
-        grid: np.ndarray = figure.subplots(len(rows), columns, squeeze=False, sharex=True, sharey=True)
-        for r, (name, frames, above) in enumerate(rows):
-            for c, axes in enumerate(grid[r]):
-                if c >= len(frames):
-                    axes.set_visible(False)
-                    continue
-                image = axes.imshow(
-                    frames[c],
-                    cmap=cmap,
-                    norm=norm,
-                    origin=origin,
-                    extent=extent,
-                    interpolation="nearest",
-                )
-                _plain(axes)
-                if r < 2:
-                    axes.set_title(above[c], fontsize=8.5, pad=3)
-            grid[r, 0].set_ylabel(name.replace(" (", "\n("), fontsize=9, fontweight="bold")
-        bar = figure.colorbar(image, ax=grid, location="bottom", shrink=0.6, aspect=45, pad=0.02, **extra)
-        bar.set_label(label, fontsize=8.5)
-        bar.ax.tick_params(labelsize=8, length=2)
-        bar.outline.set(edgecolor="#9aa4ae", linewidth=0.7)
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format="png", dpi=130, pil_kwargs={"optimize": True})
-    return _data_uri("png", buffer)
-
-
-def _view(source: Source, index: int) -> tuple[tuple[float, float, float, float], Literal["upper", "lower"]]:
-    """West, east, south and north edges, and whether row 0 is the north or the south edge."""
-    root, metric = source.store.root, _metric(source)
-    y, x = (root[name].values for name in root[source.task.variable].dims[-2:])
-    if not metric and "x_origin" in root.coords:
-        y, x = y + root["y_origin"].values[index], x + root["x_origin"].values[index]
-    return (*_span(x, metric), *_span(y, metric)), "upper" if y[0] > y[-1] else "lower"
-
-
-def _metric(source: Source) -> bool:
-    root = source.store.root
-    return root[root[source.task.variable].dims[-1]].attrs.get("units") == "m"
-
-
-def _span(centres: np.ndarray, metric: bool) -> tuple[float, float]:
-    """Outer edges of an axis: in km from its lower end where it is in metres, else as it is."""
-    low, high = float(centres.min()), float(centres.max())
-    half = (high - low) / max(1, len(centres) - 1) / 2
-    return (0.0, (high - low + 2 * half) / 1000) if metric else (low - half, high + half)
-
-
-def _plain(axes: Axes) -> None:
-    axes.xaxis.set_major_locator(MaxNLocator(3, integer=True))
-    axes.yaxis.set_major_locator(MaxNLocator(3, integer=True))
-    axes.tick_params(labelsize=7.5, length=2, color="#9aa4ae")
-    for spine in axes.spines.values():
-        spine.set_visible(True)
-        spine.set_color("#c9d0d6")
-        spine.set_linewidth(0.7)
-
-
-@contextmanager
-def _style() -> Iterator[None]:
-    with mpl.rc_context(
-        {
-            "font.family": "sans-serif",
-            "font.size": 9,
-            "text.color": INK,
-            "axes.labelcolor": INK,
-            "axes.edgecolor": "#9aa4ae",
-            "axes.spines.top": False,
-            "axes.spines.right": False,
-            "xtick.color": INK,
-            "ytick.color": INK,
-            "figure.facecolor": PAPER,
-            "svg.hashsalt": "earthformer",
-        }
-    ):
-        yield
-
-
-def _data_uri(kind: str, buffer: io.BytesIO) -> str:
-    return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
-
-
 # ------------------------------------------------------------------------------------------- provenance
 
 
@@ -473,12 +373,18 @@ def _provenance(source: Source, card: ScoreCard) -> dict[str, Any]:
 
 
 def _commands(sources: Sequence[Source], archive: str, out: str) -> list[str]:
-    made = [
-        f"earthformer forecast --run {s.store.root.attrs.get('run', s.config['forecaster'])} "
-        f"--archive {archive} --split {s.config['split']} --out {s.store.url}"
-        + (f" --task {s.task.name}" if s.config["forecaster"] == "persistence" else "")
-        for s in sources
-    ]
+    made = []
+    for source in sources:
+        config, run = source.config, source.store.root.attrs["run"]
+        baseline = config["forecaster"] in BASELINES
+        whose = f"--forecaster {run} --task {source.task.name}" if baseline else f"--run {run}"
+        ensemble = config["ensemble"]
+        if ensemble["members"] > 1:
+            whose += f" --members {ensemble['members']}" + " --keep-members" * ensemble["keep_members"]
+        made.append(
+            f"earthformer forecast {whose} --archive {archive} --split {config['split']} "
+            f"--out {source.store.url}"
+        )
     compared = " ".join(f"--forecast {s.store.url}" for s in sources)
     return [
         *made,

@@ -53,7 +53,8 @@ class Splits:
     test_from: str | None = None
     val_fraction: float | None = None
     """SEVIR-LR as published (PreDiff, Sec. 4.1): a random tenth of the train *windows*, drawn with seed 0.
-    Windows of one event overlap, so train and val share frames; the test set does not."""
+    Windows of one event overlap, so train and val share frames; the test set does not. For radar, where dates
+    are too few to spare one."""
 
     def __post_init__(self) -> None:
         for name in ("val_from", "test_from"):
@@ -112,12 +113,9 @@ class Task:
             step,
             "none for months, else minutes",
         )
-        if not self.archive.startswith("sevir"):
-            fraction = self.splits.val_fraction
-            _need(
-                fraction is None, "splits.val_fraction", fraction, f"none: {self.archive} has no random split"
-            )
         if monthly:
+            fraction = self.splits.val_fraction
+            _need(fraction is None, "splits.val_fraction", fraction, "none: ENSO parts by climate model")
             dates = (self.splits.val_from, self.splits.test_from)
             _need(dates == (None, None), "splits", dates, "no dates: ENSO parts by climate model")
 
@@ -194,6 +192,20 @@ TASKS: dict[str, Task] = {
             thresholds=(0.1, 0.5, 1.0, 2.0, 5.0, 10.0),
             units="mm h-1",
             model="earthformer_radar",
+        ),
+        Task(
+            name="radar-256",
+            archive="radar",
+            variable="rate",
+            context=13,
+            target=12,
+            stride=(2, 6, 6),
+            step_minutes=5,
+            scaling=Scaling(kind="log", r0=1.0),
+            splits=Splits(test_from="2017-01-01", val_fraction=0.1),
+            tiles=Tiles(size=256, stride=64),
+            thresholds=(0.1, 0.5, 1.0, 2.0, 5.0, 10.0),
+            units="mm h-1",
         ),
     )
 }

@@ -14,8 +14,7 @@ import ray.train
 import ray.train.torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from earthformer.forecasters import EarthformerForecaster
-from pipelines import engine, journal, loop, runs, windows
+from pipelines import configs, engine, journal, latents, loop, runs, windows
 from pipelines.archives.store import Archive, open_archive
 from pipelines.errors import InputError, boundary_error
 
@@ -36,10 +35,11 @@ class Trained:
 
 
 def train(
-    config: runs.Config,
+    config: configs.Config,
     archive: str,
     run: str,
     *,
+    autoencoder: str | None = None,
     workers: int = 1,
     gpu: bool = False,
     max_failures: int = 3,
@@ -48,9 +48,10 @@ def train(
     """Train until the last epoch or until patience is spent; the same call resumes a run cut short.
 
     Args:
-        config: what `runs.resolve` gave.
+        config: what `configs.resolve` gave.
         archive: URL of a complete archive of the task's kind.
         run: URL of the run directory, on a store that all nodes share.
+        autoencoder: for trainables on latents: URL of the autoencoder's finished run.
         workers: data-parallel workers; the global batch stays `config.training.batch_size`.
         gpu: one GPU a worker.
         max_failures: restarts of the worker group from the last checkpoint before giving up.
@@ -64,16 +65,23 @@ def train(
     opened = open_archive(archive)
     counts = _check(config, opened)
     provenance = {"archive": archive, "archive_hash": opened.config_hash, "windows": counts}
+    if autoencoder is not None:
+        source = runs.open_run(autoencoder)
+        provenance |= {"autoencoder": autoencoder, "autoencoder_hash": source.hash}
     if runs.start(run, config, provenance):
         return Trained(run, runs.open_run(run).record)
     done = journal.checkpoints(run)
     if not (done and done[-1]["finished"]):
+        if autoencoder is not None:
+            latents.take_autoencoder(run, source)
         engine.connect()
+        if latents.stored(config):
+            latents.encode(config, opened, engine.absolute(run), workers=workers, gpu=gpu, progress=progress)
         _fit(config, archive, run, workers, gpu, max_failures, progress, counts["train"])
     return Trained(run, runs.complete(run, config, provenance))
 
 
-def _check(config: runs.Config, archive: Archive) -> dict[str, int]:
+def _check(config: configs.Config, archive: Archive) -> dict[str, int]:
     """Windows of each split, once archive, task and model are known to fit."""
     keys = {split: windows.enumerate_windows(config.task, archive, split) for split in ("train", "val")}
     if len(keys["train"]) < config.training.batch_size:
@@ -81,23 +89,20 @@ def _check(config: runs.Config, archive: Archive) -> dict[str, int]:
             f"{archive.url} has {len(keys['train'])} training windows: training.batch_size "
             f"{config.training.batch_size} needs at least as many"
         )
-    try:
-        EarthformerForecaster(config.model, config.task.scaling)
-    except ValueError as error:
-        raise InputError(f"configuration key model: {error}") from error
+    runs.build(config)
     pixels = windows.read(config.task, archive, keys["train"][:1])
-    for name in ("context", "target"):
-        found, needed = pixels[name].shape[1:], getattr(config.model, name)
-        if found != needed:
+    found = {name: fields.shape[1:] for name, fields in pixels.items()}
+    for name, needed in configs.fields(config).items():
+        if found[name] != needed:
             raise InputError(
-                f"{archive.url} gives task {config.task.name} a {name} of shape {found}, model "
+                f"{archive.url} gives task {config.task.name} a {name} of shape {found[name]}, model "
                 f"{config.model_preset} has {needed}: needed the same (T, H, W, C)"
             )
-    return {split: len(found) for split, found in keys.items()}
+    return {split: len(windows_of) for split, windows_of in keys.items()}
 
 
 def _fit(
-    config: runs.Config,
+    config: configs.Config,
     archive: str,
     run: str,
     workers: int,
@@ -107,7 +112,7 @@ def _fit(
     train_windows: int,
 ) -> None:
     steps = config.training.epochs * (train_windows // config.training.batch_size)
-    shown = _shown(run, config.task.monitor, steps) if progress else contextlib.nullcontext()
+    shown = _shown(run, config.monitor, steps) if progress else contextlib.nullcontext()
     with tempfile.TemporaryDirectory() as scratch, shown:
         trainer = ray.train.torch.TorchTrainer(
             loop.work,

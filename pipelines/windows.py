@@ -240,7 +240,11 @@ def _sevir_windows(task: Task, archive: Archive, split: str) -> list[Window]:
 def _published_random_split(task: Task, archive: Archive, times: pd.Series, split: str) -> list[Window]:
     # The published loader shuffles events twice by pandas, then parts their windows by torch.
     shuffled = times.sample(frac=1, random_state=1).sample(frac=1, random_state=1) if len(times) else times
-    both = _slide(task, archive, shuffled.index, split)
+    return _random_part(task, _slide(task, archive, shuffled.index, "train"), split)
+
+
+def _random_part(task: Task, both: list[Window], split: str) -> list[Window]:
+    """The windows of `split` among those of train and val together, parted at random with seed 0."""
     fraction = task.splits.val_fraction or 0.0
     generator = torch.Generator().manual_seed(0)
     places = torch.utils.data.TensorDataset(torch.arange(len(both)))
@@ -324,14 +328,18 @@ def _radar_windows(task: Task, archive: Archive, split: str) -> list[Window]:
             usable[name] = archive.group(name)["time"].values
     if not usable:
         return []
-    start, end = _bounds(task, archive, split, np.concatenate(list(usable.values())))
+    random = task.splits.val_fraction is not None and split != "test"
+    first_of, last_of = ("train", "val") if random else (split, split)
+    all_times = np.concatenate(list(usable.values()))
+    start, _ = _bounds(task, archive, first_of, all_times)
+    _, end = _bounds(task, archive, last_of, all_times)
     found = []
     for name, times in usable.items():
         step = _step(task, archive, name)
         length = (task.frames - 1) * step + 1
         starts = [
             first
-            for first in range(0, len(times) - length + 1, task.stride[SPLITS.index(split)] * step)
+            for first in range(0, len(times) - length + 1, task.stride[SPLITS.index(first_of)] * step)
             if times[first] > start and times[first + length - 1] <= end
         ]
         if starts:
@@ -346,7 +354,7 @@ def _radar_windows(task: Task, archive: Archive, split: str) -> list[Window]:
                 Window(name, first, (int(i) * tiles.stride, int(j) * tiles.stride))
                 for i, j in np.argwhere(good)
             ]
-    return found
+    return _random_part(task, found, split) if random else found
 
 
 def _unfit(task: Task, archive: Archive, name: str, tiles: Tiles) -> str | None:

@@ -2,8 +2,8 @@
 
 import pytest
 
+from pipelines import configs
 from pipelines import forecast as stage
-from pipelines import runs
 from pipelines.prepare import prepare
 from pipelines.report import report
 from pipelines.score import score
@@ -20,11 +20,11 @@ def test_real_radar_from_files_to_page(tmp_path, real_data, ray_cluster):
     archive, run = str(tmp_path / "archive.zarr"), str(tmp_path / "run")
     prepared = prepare("radar", str(real_data / "radar"), archive, progress=False)
     assert (prepared.plan.series, len(prepared.quarantine)) == (5, 0)
-    config = runs.resolve("radar", "earthformer_radar_tiny", SMALL)
+    config = configs.resolve("radar", "earthformer_radar_tiny", SMALL)
     trained = train(config, archive, run, progress=False)
     assert trained.record["steps"] == trained.record["windows"]["train"] // 2
     urls = []
-    for name, task in ((run, None), (stage.PERSISTENCE, config.task)):
+    for name, task in ((run, None), ("persistence", config.task)):
         urls.append(str(tmp_path / f"{len(urls)}.zarr"))
         stage.forecast(stage.plan(name, archive, "test", task=task), urls[-1], progress=False)
     model, persistence = score(urls, archive, progress=False)

@@ -533,8 +533,7 @@ def test_an_overlay_needs_a_task_to_lie_over(earthformer):
     code, _, err = earthformer(*where, "--run", "run", "--set", "task.context=4")
     assert code == 2
     assert "needed --task NAME beside them" in err
-    code, out, _ = earthformer(
-        *where, "--run", "persistence", "--task", "sevir", "--set", "task.stride=[12,12,24]", "--dry-run"
-    )
+    task = ("--task", "sevir", "--set", "task.stride=[12,12,24]")
+    code, out, _ = earthformer(*where, "--forecaster", "persistence", *task, "--dry-run")
     assert code == 0
     assert "(window: 4, member: 1, lead_time: 12, y: 48, x: 48)" in out

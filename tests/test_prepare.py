@@ -320,7 +320,7 @@ def test_nothing_but_bad_events_is_an_error_and_the_same_command_tries_again(
 
 def forecast(archive: Path, folder: Path) -> list[str]:
     out = str(folder / "f.zarr")
-    return ["--run", "persistence", "--task", "sevir", "--archive", str(archive), "--out", out]
+    return ["--forecaster", "persistence", "--task", "sevir", "--archive", str(archive), "--out", out]
 
 
 def test_a_broken_radar_sequence_counts_once_however_many_its_shards(tmp_path, raw, ray_cluster):

@@ -10,11 +10,13 @@ import pytest
 import torch
 from PIL import Image
 from tiny_forecast import persist, write_forecast
+from tiny_scored import calibrated, sevir, write_reduced
 
+from pipelines import maps, windows
 from pipelines import report as stage
-from pipelines import windows
 from pipelines.archives import store, synthetic
 from pipelines.errors import InputError
+from pipelines.events import Event
 from pipelines.prepare import prepare
 from pipelines.report import headline, report
 from pipelines.score import open_forecast, score
@@ -26,10 +28,7 @@ TASK = TASKS["sevir"]
 
 @pytest.fixture(scope="module")
 def archive(tmp_path_factory, ray_cluster):
-    folder = tmp_path_factory.mktemp("report")
-    synthetic.write_sevir(folder / "raw", events=4, seed=5, size=48)
-    prepare("sevir", str(folder / "raw"), str(folder / "archive.zarr"), progress=False)
-    return store.open_archive(str(folder / "archive.zarr"))
+    return sevir(tmp_path_factory.mktemp("report"), events=4, seed=5)
 
 
 @pytest.fixture(scope="module")
@@ -65,8 +64,8 @@ def page(tmp_path_factory, forecasts, archive, cards):
 def test_the_page_asks_nothing_of_the_network(page):
     assert not re.search(r"https?://|//cdn|<script|<link|@import|url\(", page)
     sources = re.findall(r'src="([^"]{0,40})', page)
-    # Lead time: CSI-M, MSE and six thresholds; then two cases.
-    assert len(sources) == 8 + 2
+    # Lead time: CSI-M, MSE, CRPS and six thresholds; reliability, ROC and spectrum; then two cases.
+    assert len(sources) == 9 + 3 + 2
     assert all(
         source.startswith(("data:image/png;base64,", "data:image/svg+xml;base64,")) for source in sources
     )
@@ -74,7 +73,7 @@ def test_the_page_asks_nothing_of_the_network(page):
 
 
 def test_the_page_says_what_it_is_of(page, cards, archive):
-    assert page.count("<table>") == 3
+    assert page.count("<table>") == 5
     for text in (
         "protocol “pooled”",
         "protocol “frame-averaged”",
@@ -96,7 +95,7 @@ def test_frames_are_drawn_in_the_vil_colours(page):
     assert encoded is not None
     image = np.asarray(Image.open(io.BytesIO(base64.b64decode(encoded.group(1)))).convert("RGB"))
     found = {tuple(colour) for colour in image.reshape(-1, 3)[::7].tolist()}
-    for colour in (stage.VIL_COLOURS[1], stage.VIL_COLOURS[3]):
+    for colour in (maps.VIL_COLOURS[1], maps.VIL_COLOURS[3]):
         assert tuple(bytes.fromhex(colour[1:])) in found
     assert image.shape[1] > 1200
 
@@ -115,7 +114,7 @@ def test_cards_of_other_forecasts_are_refused(tmp_path, forecasts, archive, card
 
 
 def test_row_0_is_south_for_sevir_and_north_for_radar(tmp_path, forecasts, archive, ray_cluster):
-    extent, origin = stage._view(open_forecast(forecasts[0], archive), 0)
+    extent, origin = maps.view(open_forecast(forecasts[0], archive), 0)
     assert origin == "lower"
     np.testing.assert_allclose(extent, (0, 384, 0, 384), atol=1e-6)
 
@@ -125,7 +124,7 @@ def test_row_0_is_south_for_sevir_and_north_for_radar(tmp_path, forecasts, archi
     task = dataclasses.replace(TASKS["radar"], tiles=Tiles(size=32), context=2, target=2)
     chosen = [Window(str(radar.root["sequence"].values[0]), start, (16, 32)) for start in (0, 4)]
     url = write_forecast(str(tmp_path / "f.zarr"), task, radar, chosen, persist(task, radar, chosen))
-    extent, origin = stage._view(open_forecast(url, radar), 0)
+    extent, origin = maps.view(open_forecast(url, radar), 0)
     assert origin == "upper"
     np.testing.assert_allclose(extent, (0, 32, 0, 32), atol=1e-6)
     report([url], radar.url, str(tmp_path / "radar.html"))
@@ -144,6 +143,86 @@ def test_cases_follow_from_the_truth_alone(forecasts, archive, keys):
     assert indices[1] == int(np.argsort(means, kind="stable")[1])
     assert len(set(indices)) == 3
     assert "at random, with seed 0" in chosen[0][indices[2]]
+
+
+# -------------------------------------------------------------------------------------------- ensembles
+
+
+@pytest.fixture(scope="module")
+def ensemble(tmp_path_factory, archive, keys):
+    """An ensemble of 20 with two events; its fourth member has failed in every window."""
+    folder = tmp_path_factory.mktemp("ensemble")
+    truth = windows.read(TASK, archive, keys)["target"][..., 0].astype(np.float32)
+    members = calibrated(truth, 20).clip(0, 254)
+    members[:, 3] = np.nan
+    near = Event("strong <nearby>", "vil", 74, "1", radius=10.0)
+    soon = Event("very strong soon", "vil", 160, "1", lead_time=(5, 20))
+    return write_reduced(
+        str(folder / "m.zarr"), TASK, archive, keys, members, events=(near, soon), keep_members=True
+    )
+
+
+@pytest.fixture(scope="module")
+def both(tmp_path_factory, forecasts, ensemble, archive):
+    out = tmp_path_factory.mktemp("both") / "report.html"
+    report([forecasts[0], ensemble], archive.url, str(out), cases=1)
+    return out.read_text(encoding="utf-8")
+
+
+def test_the_page_of_an_ensemble_shows_its_members_and_probabilities(both):
+    # Also spread over error and ranks; the case has members, probabilities and events.
+    assert len(re.findall(r'src="', both)) == 10 + 4 + 4
+    assert both.count("<table>") == 7
+    for text in (
+        "Reliability",
+        "Relative operating characteristic",
+        "Rank histogram",
+        "Power spectrum",
+        "Prediff (20 members): the truth and the first 15 members",
+        "probability of reaching a threshold",
+        "probability of “strong &lt;nearby&gt;” and “very strong soon”",
+        "each member by itself",
+        "hold no value",
+        "--members 20 --keep-members",
+        "--forecaster persistence --task sevir",
+    ):
+        assert text in both, text
+    assert not re.search(r"https?://|<script|<link|@import|url\(", both)
+    assert len(both) < 4_000_000
+
+
+def test_members_and_probabilities_are_drawn_as_they_are(monkeypatch, ensemble, archive):
+    drawn = []
+    monkeypatch.setattr(maps, "draw", lambda source, index, rows, colours: drawn.append(rows) or "")
+    source = open_forecast(ensemble, archive)
+    stage.report([ensemble], archive.url, "memory://drawn/report.html", cases=1)
+    frames, stamps, shares, asked = drawn
+    (index, _), *_ = stage._choose(source, archive, 1)
+    members = source.read_members(index, index + 1)[0, ..., 0].numpy()
+    np.testing.assert_array_equal(stamps[0].fields[1], members[0, -1])
+    np.testing.assert_array_equal(stamps[1].fields[-1], members[14, -1])
+    assert np.ma.getmaskarray(stamps[0].fields[4]).all()
+    np.testing.assert_allclose(frames[-1].fields[-1], np.nanmean(members, axis=0)[-1], rtol=1e-5)
+    threshold = float(shares[-1].name.removeprefix("≥ "))
+    of_known = (members[:, -1] >= threshold).sum(0) / 19
+    np.testing.assert_allclose(shares[-1].fields[-1], of_known, atol=1e-6)
+    np.testing.assert_array_equal(
+        shares[-1].outlines[-1], np.ma.filled(frames[1].fields[-1] >= threshold, False)
+    )
+    stored = source.store.root["probability"].isel(window=index).values
+    assert [row.name for row in asked] == ["strong <nearby>", "very strong soon"]
+    np.testing.assert_array_equal(asked[1].fields[1], stored[1])
+    assert asked[0].titles == ["low end of interval", "probability", "high end of interval"]
+
+
+def test_events_are_shown_where_no_members_were_kept(tmp_path, archive, keys):
+    truth = windows.read(TASK, archive, keys)["target"][..., 0].astype(np.float32)
+    event = Event("wet", "vil", 16, "1")
+    url = write_reduced(str(tmp_path / "f.zarr"), TASK, archive, keys, calibrated(truth, 3), events=[event])
+    report([url], archive.url, str(tmp_path / "r.html"), cases=1)
+    page = (tmp_path / "r.html").read_text(encoding="utf-8")
+    assert "Prediff (mean of 3): probability of “wet”" in page
+    assert "the first" not in page
 
 
 # -------------------------------------------------------------------------------------------- sentences

@@ -8,13 +8,13 @@ import sys
 import pytest
 import torch
 
-from pipelines import journal, runs
+from pipelines import configs, journal, runs
 from pipelines.errors import InputError
 
 
 def test_overlay_changes_what_it_names_and_nothing_else():
-    plain = runs.resolve("sevir")
-    changed = runs.resolve("sevir", overlay={"training": {"epochs": 3}, "task": {"stride": [6, 12, 12]}})
+    plain = configs.resolve("sevir")
+    changed = configs.resolve("sevir", overlay={"training": {"epochs": 3}, "task": {"stride": [6, 12, 12]}})
     assert changed.training == dataclasses.replace(plain.training, epochs=3)
     assert changed.task.stride == (6, 12, 12)
     assert changed.model == plain.model
@@ -43,49 +43,49 @@ def test_overlay_changes_what_it_names_and_nothing_else():
 )
 def test_a_wrong_overlay_is_named_in_one_line(overlay, message):
     with pytest.raises(InputError, match=message) as caught:
-        runs.resolve("sevir", overlay=overlay)
+        configs.resolve("sevir", overlay=overlay)
     assert len(str(caught.value)) < 200
     assert "\n" not in str(caught.value)
 
 
 def test_unknown_names_suggest_the_nearest():
     with pytest.raises(InputError, match="nearest is 'sevir-lr'"):
-        runs.resolve("sevirlr")
+        configs.resolve("sevirlr")
     with pytest.raises(InputError, match="nearest is 'earthformer_enso'"):
-        runs.resolve("enso", preset="earthformer_ensoo")
+        configs.resolve("enso", preset="earthformer_ensoo")
 
 
 def test_overlay_file_and_assignments(tmp_path):
     file = tmp_path / "overlay.yaml"
     file.write_text("training: {epochs: 3, seed: 1}\n")
-    overlay = runs.read_overlay(str(file), ["training.epochs=5", "task.splits.test_from=2020-01-01"])
+    overlay = configs.read_overlay(str(file), ["training.epochs=5", "task.splits.test_from=2020-01-01"])
     assert overlay["training"] == {"epochs": 5, "seed": 1}
     with pytest.raises(InputError, match="cannot be read"):
-        runs.read_overlay(str(tmp_path / "absent.yaml"), [])
+        configs.read_overlay(str(tmp_path / "absent.yaml"), [])
     with pytest.raises(InputError, match=r"section.key=value"):
-        runs.read_overlay(None, ["training.epochs"])
+        configs.read_overlay(None, ["training.epochs"])
     with pytest.raises(InputError, match=r"--set training.epochs=\[: '\[' is no YAML"):
-        runs.read_overlay(None, ["training.epochs=["])
+        configs.read_overlay(None, ["training.epochs=["])
     with pytest.raises(InputError, match="cannot be read"):
-        runs.read_overlay("nowhere://overlay.yaml", [])
+        configs.read_overlay("nowhere://overlay.yaml", [])
     file.write_text("- epochs\n")
     with pytest.raises(InputError, match="holds a list: needed a mapping"):
-        runs.read_overlay(str(file), [])
+        configs.read_overlay(str(file), [])
     # The last assignment wins, whatever it lies over.
-    assert runs.read_overlay(None, ["a=1", "a.b=2"]) == {"a": {"b": 2}}
-    rate = runs.read_overlay(None, ["training.learning_rate=1e-3"])
-    assert runs.resolve("sevir", overlay=rate) == runs.resolve("sevir")
+    assert configs.read_overlay(None, ["a=1", "a.b=2"]) == {"a": {"b": 2}}
+    rate = configs.read_overlay(None, ["training.learning_rate=1e-3"])
+    assert configs.resolve("sevir", overlay=rate) == configs.resolve("sevir")
 
 
 def test_configuration_survives_json():
-    config = runs.resolve("radar", overlay={"training": {"seed": 7}})
-    again = runs.from_dict(json.loads(json.dumps(dataclasses.asdict(config))))
+    config = configs.resolve("radar", overlay={"training": {"seed": 7}})
+    again = configs.from_dict(json.loads(json.dumps(dataclasses.asdict(config))))
     assert again == config
     assert again.hash == config.hash
 
 
 def test_a_run_of_another_configuration_is_refused(tmp_path):
-    one, two = (runs.resolve("sevir", overlay={"training": {"seed": seed}}) for seed in (1, 2))
+    one, two = (configs.resolve("sevir", overlay={"training": {"seed": seed}}) for seed in (1, 2))
     runs.start(str(tmp_path), one, {})
     runs.start(str(tmp_path), one, {})
     with pytest.raises(InputError, match=f"{one.hash}.*{two.hash}"):
@@ -95,13 +95,13 @@ def test_a_run_of_another_configuration_is_refused(tmp_path):
 def test_what_is_not_a_finished_run_is_said(tmp_path):
     with pytest.raises(InputError, match="is not a run"):
         runs.open_run(str(tmp_path))
-    runs.start(str(tmp_path), runs.resolve("sevir"), {})
+    runs.start(str(tmp_path), configs.resolve("sevir"), {})
     with pytest.raises(InputError, match="is not complete"):
         runs.open_run(str(tmp_path))
 
 
 def test_a_run_on_another_archive_is_refused(tmp_path):
-    config = runs.resolve("sevir")
+    config = configs.resolve("sevir")
     assert not runs.start(str(tmp_path), config, {"archive": "one.zarr", "archive_hash": "aaaa"})
     assert not runs.start(str(tmp_path), config, {"archive": "moved.zarr", "archive_hash": "aaaa"})
     with pytest.raises(InputError, match=r"trained on archive aaaa, two.zarr is bbbb: needed the same"):
@@ -114,12 +114,12 @@ def test_a_folder_of_other_files_is_left_alone(tmp_path, name):
     file.parent.mkdir(parents=True)
     file.write_text('{"theirs": 1}')
     with pytest.raises(InputError, match=rf"holds {name.split('/')[0]} but no run's config.json"):
-        runs.start(str(tmp_path / "run"), runs.resolve("sevir"), {})
+        runs.start(str(tmp_path / "run"), configs.resolve("sevir"), {})
     assert file.read_text() == '{"theirs": 1}'
 
 
 def test_a_configuration_cut_off_is_written_again(tmp_path):
-    config = runs.resolve("sevir")
+    config = configs.resolve("sevir")
     (tmp_path / "config.json").write_text('{"config_hash": "')
     assert runs.describe(str(tmp_path)) is None
     runs.start(str(tmp_path), config, {})

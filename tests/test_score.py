@@ -7,18 +7,21 @@ import shutil
 
 import numpy as np
 import pytest
+import scoringrules
 import torch
 import zarr
 from rich.console import Console
 from tiny_forecast import persist, write_forecast
+from tiny_scored import calibrated, sevir, write_reduced
 
-from earthformer.scores import Nino
+from earthformer.scores import Nino, nino34
 from pipelines import score as stage
-from pipelines import windows
+from pipelines import verification, windows
 from pipelines.archives import store, synthetic
 from pipelines.errors import InputError
 from pipelines.prepare import prepare
-from pipelines.score import ScoreCard, check_comparable, saved, score, sheets, tables
+from pipelines.score import ScoreCard, check_comparable, saved, score
+from pipelines.sheets import labels, sheets, tables
 from pipelines.tasks import TASKS
 from pipelines.windows import Window
 
@@ -27,10 +30,7 @@ TASK = TASKS["sevir"]
 
 @pytest.fixture(scope="module")
 def archive(tmp_path_factory, ray_cluster):
-    folder = tmp_path_factory.mktemp("score")
-    synthetic.write_sevir(folder / "raw", events=5, seed=3, size=48)
-    prepare("sevir", str(folder / "raw"), str(folder / "archive.zarr"), progress=False)
-    return store.open_archive(str(folder / "archive.zarr"))
+    return sevir(tmp_path_factory.mktemp("score"), events=5, seed=3)
 
 
 @pytest.fixture(scope="module")
@@ -114,6 +114,8 @@ def test_cards_of_other_code_or_forecasts_are_not_taken(tmp_path, cards, archive
     own = dataclasses.replace(cards[1], forecast_hash=store.Archive(url).config_hash)
     store.write_json(url, stage.RECORD, {**own.to_dict(), "code_version": "0.0.0"})
     assert saved(url, archive.url) is None
+    store.write_json(url, stage.RECORD, {**own.to_dict(), "format": 1})
+    assert saved(url, archive.url) is None
     store.write_json(url, stage.RECORD, own.to_dict())
     assert saved(url, archive.url) is not None
 
@@ -155,9 +157,162 @@ def test_enso_is_scored_against_its_labels(tmp_path, ray_cluster):
     assert card.counts == ()
     assert card.lead_times == tuple(range(1, 15))
     assert ScoreCard.from_dict(json.loads(json.dumps(card.to_dict()))).result() == card.result()
-    index, errors = sheets([card])
+    index, errors, probabilistic = sheets([card])
     assert index.columns[1:] == ("C-Nino3.4-M", "C-Nino3.4-WM", "RMSE (K)")
     assert errors.columns[1] == "MSE ×10⁻³ (normalised SST)"
+    assert probabilistic.columns[-1] == "Niño3.4 CRPS (K)"
+
+
+# -------------------------------------------------------------------------------------------- ensembles
+
+
+@pytest.fixture(scope="module")
+def members(truth):
+    """A calibrated ensemble, of which one member has failed in one window and another misses a corner."""
+    values = calibrated(truth, 6)
+    values[1, 4], values[2, 3, :, :9, :5] = np.nan, np.inf
+    return values
+
+
+@pytest.fixture(scope="module")
+def ensemble(tmp_path_factory, archive, keys, members):
+    folder = tmp_path_factory.mktemp("ensemble")
+    return write_forecast(str(folder / "m.zarr"), TASK, archive, keys, members, forecaster="prediff")
+
+
+@pytest.fixture(scope="module")
+def ensemble_card(ensemble, archive):
+    return score([ensemble], archive.url, progress=False)[0]
+
+
+def test_an_ensemble_is_scored_by_its_members(ensemble_card, members, truth):
+    found = ensemble_card.probabilistic
+    valid = np.ones(truth.shape, dtype=bool)
+    valid[2, :, :9, :5] = False
+    assert int(found.crps.count.sum()) == int(ensemble_card.errors.count.sum()) == valid.sum()
+    assert (found.failed, ensemble_card.members) == (1, 6)
+    crps = 0.0
+    for n in range(len(truth)):
+        alive = [m for m in range(6) if (n, m) != (1, 4)]
+        x, y = np.moveaxis(members[n, alive], 0, -1)[valid[n]], truth[n][valid[n]]
+        crps += scoringrules.crps_ensemble(y, x, estimator="nrg").sum() / 255
+    assert found.crps.result()["CRPS"] == pytest.approx(crps / valid.sum(), rel=1e-5)
+    assert found.spread.result()["spread-skill"] == pytest.approx(1, abs=0.01)
+    share = found.ranks.count.sum(0) / found.ranks.count.sum()
+    np.testing.assert_allclose(share, 1 / 7, atol=0.006)
+    # Members by themselves, the mean by itself: the mean is smoother, and has more of the middle.
+    each = sum(
+        int((members[n, m] >= 74)[valid[n]].sum())
+        for n in range(len(truth))
+        for m in range(6)
+        if (n, m) != (1, 4)
+    )
+    # Where one member misses a corner, the others are still forecasts there.
+    each += sum(int((members[2, m] >= 74)[~valid[2]].sum()) for m in range(6) if m != 3)
+    counts = found.member_counts[0]
+    assert int((counts.hits + counts.false_alarms)[1].sum()) == each
+    assert found.member_fss.result()["FSS 16 px-74"] != found.fss.result()["FSS 16 px-74"]
+
+
+def test_a_single_forecast_is_an_ensemble_of_one(cards):
+    for card in cards:
+        found = card.probabilistic
+        assert found.crps.result() == {"CRPS": pytest.approx(card.errors.result()["MAE"], rel=1e-6)}
+        counts, likely = card.counts[0], found.brier.contingency()
+        assert torch.equal(counts.hits, likely.hits)
+        assert torch.equal(counts.false_alarms, likely.false_alarms)
+        wrong = (counts.misses + counts.false_alarms).sum(1).double() / found.brier.count.sum((1, 2))
+        np.testing.assert_allclose(found.brier.per_threshold()["Brier"], wrong, rtol=1e-9)
+        assert (found.ranks, found.spread, found.member_counts) == (None, None, ())
+
+
+def test_the_mean_leaves_failed_members_out(ensemble, archive, members):
+    read = stage.open_forecast(ensemble, archive).read(1, 2)[0, ..., 0]
+    np.testing.assert_allclose(read, np.delete(members[1], 4, 0).mean(0), rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("how", ["shards of one window", "strips of rows", "members one by one"])
+def test_probabilities_do_not_depend_on_shards_or_memory(
+    tmp_path, monkeypatch, ensemble_card, archive, keys, members, how
+):
+    if how == "shards of one window":
+        url = write_forecast(
+            str(tmp_path / "f.zarr"), TASK, archive, keys, members, forecaster="prediff", shard_windows=1
+        )
+        found = score([url], archive.url, progress=False)[0].probabilistic
+    else:
+        url = write_forecast(str(tmp_path / "f.zarr"), TASK, archive, keys, members, forecaster="prediff")
+        name = "WINDOW_BYTES" if how == "strips of rows" else "GROUP"
+        monkeypatch.setattr(verification, name, 6 * 12 * 48 * 7 * 4 if name == "WINDOW_BYTES" else 1)
+        source = stage.open_forecast(url, archive)
+        blank = stage._card(source)
+        row = {"forecast": 0, "first": 0, "last": len(keys)}
+        card = stage._score_shard(row, [source], [blank], archive)["card"]
+        found = ScoreCard.from_dict(json.loads(card)).probabilistic
+    assert found.brier.to_dict()["count"] == ensemble_card.probabilistic.brier.to_dict()["count"]
+    if how != "strips of rows":  # Ties fall otherwise.
+        assert found.ranks.to_dict() == ensemble_card.probabilistic.ranks.to_dict()
+    for name, scores in ensemble_card.probabilistic.result().items():
+        if name != "ranks":
+            assert found.result()[name] == pytest.approx(scores, rel=1e-9, nan_ok=True)
+
+
+def test_a_forecast_that_kept_its_mean_alone_is_scored_by_that(
+    tmp_path, ensemble_card, archive, keys, members
+):
+    whole = np.where(np.isfinite(members), members, np.nan)
+    url = write_reduced(str(tmp_path / "f.zarr"), TASK, archive, keys, whole)
+    source = stage.open_forecast(url, archive)
+    assert (source.name, source.members) == ("vil_mean", 1)
+    (card,) = score([url], archive.url, progress=False)
+    # What one member misses has a mean of the others: here alone it is scored.
+    extra = int(card.errors.count.sum()) - int(ensemble_card.errors.count.sum())
+    assert extra == 12 * 9 * 5
+    assert card.errors.result()["MSE"] == pytest.approx(ensemble_card.errors.result()["MSE"], rel=0.01)
+    assert card.probabilistic.ranks is None
+    assert card.label == card.member_label == "prediff (mean of 6)"
+
+
+def test_an_ensemble_stands_beside_a_single_forecast(ensemble_card, cards):
+    text = shown([cards[0], ensemble_card])
+    assert "…" not in text
+    for name in (
+        "prediff (mean of 6)",
+        "prediff (6 members)",
+        "each member by itself",
+        "fair CRPS",
+        "spread/error",
+        "Brier ×10⁻³",
+        "ROC area",
+        "CSI p≥50%",
+        "FSS 16",
+        "1 members of prediff (6 members) hold no value: failed, or not drawn",
+    ):
+        assert name in " ".join(text.split()), name
+    probabilistic = next(s for s in sheets([cards[0], ensemble_card]) if s.title.endswith(": probabilistic"))
+    assert (1, 1) in probabilistic.best
+    assert probabilistic.rows[0][2] == "–"
+    again = ScoreCard.from_dict(json.loads(json.dumps(ensemble_card.to_dict())))
+    assert again.to_dict() == ensemble_card.to_dict()
+
+
+def test_enso_ensembles_have_a_crps_of_the_index(tmp_path, ray_cluster):
+    synthetic.write_enso(tmp_path / "raw", seed=2)
+    prepare("enso", str(tmp_path / "raw"), str(tmp_path / "enso.zarr"), progress=False)
+    enso, task = store.open_archive(str(tmp_path / "enso.zarr")), TASKS["enso"]
+    source = str(enso.root["source"].values[0])
+    chosen = [Window(source, start) for start in range(0, 60, 20)]
+    sst = windows.read(task, enso, chosen)["target"][..., 0].astype(np.float32)
+    values = sst[:, None] + np.array([-0.5, 0.0, 1.0], np.float32)[None, :, None, None, None]
+    url = write_forecast(str(tmp_path / "f.zarr"), task, enso, chosen, values, forecaster="prediff")
+    (card,) = score([url], enso.url, progress=False)
+    labels = windows.read_nino(task, enso, chosen)
+    index = nino34(torch.from_numpy(values).flatten(0, 1).double()).reshape(3, 3, -1).numpy()
+    theirs = scoringrules.crps_ensemble(labels, np.moveaxis(index, 1, -1), estimator="nrg").mean()
+    assert card.probabilistic.nino_crps.result()["CRPS"] == pytest.approx(theirs, rel=1e-6)
+    assert card.probabilistic.brier is None
+    again = ScoreCard.from_dict(json.loads(json.dumps(card.to_dict())))
+    assert again.to_dict() == card.to_dict()
 
 
 # --------------------------------------------------------------------------------------------- refusals
@@ -263,7 +418,7 @@ def test_what_never_occurs_is_a_dash(cards):
 
 def test_two_runs_of_one_forecaster_are_told_apart(cards):
     twins = [cards[1], dataclasses.replace(cards[1], run_hash="abcdef0123456789")]
-    assert stage.labels(twins) == [f"earthformer {cards[1].run_hash[:6]}", "earthformer abcdef"]
+    assert labels(twins) == [f"earthformer {cards[1].run_hash[:6]}", "earthformer abcdef"]
 
 
 def test_other_pools_are_not_tabled_together(cards):

@@ -21,7 +21,7 @@ from torch import nn
 
 from earthformer.forecasters import EarthformerForecaster
 from earthformer.presets import EARTHFORMERS
-from pipelines import cli, journal, runs, windows
+from pipelines import cli, configs, journal, runs, windows
 from pipelines.archives import store, synthetic
 from pipelines.errors import InputError, boundary_error
 from pipelines.loop import Ranks, accumulation, begin, learning_rate, parameter_groups, schedule_steps
@@ -43,11 +43,11 @@ STEPS = 12
 """Three epochs of four steps: 18 training windows, of which 16 make whole batches."""
 
 
-def small(dropout: float = 0.0, **training) -> runs.Config:
+def small(dropout: float = 0.0, **training) -> configs.Config:
     """A model and a task of a few seconds."""
     overlay = {**OVERLAY, "training": {**OVERLAY["training"], **training}}
     overlay["model"] = {**OVERLAY["model"], "feed_forward": {"dropout": dropout}}
-    return runs.resolve("sevir", "earthformer_sevir_tiny", overlay)
+    return configs.resolve("sevir", "earthformer_sevir_tiny", overlay)
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +58,7 @@ def archive(tmp_path_factory, ray_cluster) -> str:
     return str(folder / "archive.zarr")
 
 
-def begun(config: runs.Config, archive: str, run: str):
+def begun(config: configs.Config, archive: str, run: str):
     """The training loop in this process, as one rank of one."""
     runs.start(run, config, {"archive_hash": store.open_archive(archive).config_hash})
     return begin(config, store.open_archive(archive), run, ALONE)
@@ -98,7 +98,7 @@ def undisturbed(tmp_path_factory, archive):
 def test_learning_rate_is_the_published_one(parity, name):
     numbers = np.load(parity / "earthformer" / "x05_lr_schedule.npz")
     settings = json.loads(str(numbers[f"{name}/settings"]))
-    training = runs.Training(
+    training = configs.Training(
         learning_rate=settings["lr"],
         min_lr_ratio=settings["min_lr_ratio"],
         warmup=settings["warmup"] / settings["total"],
@@ -109,15 +109,15 @@ def test_learning_rate_is_the_published_one(parity, name):
 
 
 def test_learning_rate_stays_at_its_floor():
-    training = runs.Training(learning_rate=1e-3)
+    training = configs.Training(learning_rate=1e-3)
     assert learning_rate(250, 100, training) == learning_rate(100, 100, training) == pytest.approx(1e-6)
 
 
 def test_schedule_counts_of_the_published_runs():
-    sevir = runs.Training(published_schedule=True)
+    sevir = configs.Training(published_schedule=True)
     assert schedule_steps(sevir, 35_718) == 55_809
-    assert schedule_steps(runs.Training(), 35_718) == 111_618
-    assert schedule_steps(runs.resolve("enso").training, 52_350) == 81_796
+    assert schedule_steps(configs.Training(), 35_718) == 111_618
+    assert schedule_steps(configs.resolve("enso").training, 52_350) == 81_796
 
 
 def test_layer_norms_and_biases_are_not_decayed():
@@ -137,12 +137,12 @@ def test_layer_norms_and_biases_are_not_decayed():
 
 def test_a_batch_that_does_not_divide_is_refused():
     with pytest.raises(InputError, match=r"batch_size 32 is no multiple of 3 worker\(s\) times .* 2"):
-        accumulation(runs.Training(), 3)
-    assert accumulation(runs.Training(), 2) == 8
+        accumulation(configs.Training(), 3)
+    assert accumulation(configs.Training(), 2) == 8
 
 
 def test_what_is_decayed_of_the_published_model():
-    forecaster = EarthformerForecaster(EARTHFORMERS["earthformer_enso"], runs.resolve("enso").task.scaling)
+    forecaster = EarthformerForecaster(EARTHFORMERS["earthformer_enso"], configs.resolve("enso").task.scaling)
     decayed, free = ({id(p) for p in group["params"]} for group in parameter_groups(forecaster, 0.1))
     names = {name.removeprefix("network."): id(p) for name, p in forecaster.named_parameters()}
     assert decayed | free == set(names.values())
@@ -249,7 +249,7 @@ def test_a_diverging_run_says_so_and_spoils_nothing(tmp_path, archive):
     steps = loop.steps()
     assert [next(steps), next(steps)] == [1, 2]
     with torch.no_grad():
-        loop.forecaster.network.dec_final_proj.bias.fill_(torch.nan)
+        loop.trainable.network.dec_final_proj.bias.fill_(torch.nan)
     with pytest.raises(InputError, match=r"diverged at step 3: loss nan.*learning_rate below 0.002"):
         next(steps)
     weights, _ = outcome(run)
@@ -309,7 +309,7 @@ def test_damaged_weights_are_named_and_written_again(tmp_path, archive, undistur
 def test_a_checkpoint_of_another_model_is_refused(tmp_path, archive, undisturbed):
     run = tmp_path / "run"
     shutil.copytree(undisturbed, run)
-    other = runs.resolve(
+    other = configs.resolve(
         "sevir", "earthformer_sevir_tiny", {**OVERLAY, "model": {**OVERLAY["model"], "widths": [16, 64]}}
     )
     with pytest.raises(InputError, match=r"of step 12, is of another model: \S+ has shape \(.*more\)"):
@@ -435,9 +435,9 @@ def test_what_cannot_be_trained_is_said_before_ray_starts(tmp_path, archive):
     ):
         merged = {section: {**OVERLAY[section], **overlay.get(section, {})} for section in OVERLAY}
         with pytest.raises(InputError, match=message):
-            train(runs.resolve("sevir", "earthformer_sevir_tiny", merged), archive, run)
+            train(configs.resolve("sevir", "earthformer_sevir_tiny", merged), archive, run)
     with pytest.raises(InputError, match="is a sevir archive: task enso needs enso"):
-        train(runs.resolve("enso"), archive, run)
+        train(configs.resolve("enso"), archive, run)
     assert not Path(run).exists()
 
 
@@ -450,7 +450,7 @@ def test_a_run_of_another_archive_is_refused(tmp_path, archive):
 
 def test_a_model_that_cannot_be_built_is_said_before_ray_starts(tmp_path, archive):
     patterns = {**OVERLAY, "model": {**OVERLAY["model"], "encoder": {"patterns": ["axiall"]}}}
-    config = runs.resolve("sevir", "earthformer_sevir_tiny", patterns)
+    config = configs.resolve("sevir", "earthformer_sevir_tiny", patterns)
     with pytest.raises(InputError, match=r"configuration key model: .*'axiall' is unknown"):
         train(config, archive, str(tmp_path / "run"))
 
@@ -465,7 +465,7 @@ def test_a_dry_run_prints_the_configuration(tmp_path, capsys):
     command = ["train", "earthformer", "--task", "sevir", "--archive", "absent.zarr", "--run", str(run)]
     cli.app([*command, "--set", "training.epochs=7", "--dry-run"], standalone_mode=False)
     printed = json.loads(capsys.readouterr().out)
-    config = runs.resolve("sevir", overlay={"training": {"epochs": 7}})
+    config = configs.resolve("sevir", overlay={"training": {"epochs": 7}})
     assert printed.pop("config_hash") == config.hash
-    assert runs.from_dict(printed) == config
+    assert configs.from_dict(printed) == config
     assert not run.exists()

@@ -10,7 +10,7 @@ import torch
 
 from earthformer.config import EarthformerConfig
 from earthformer.forecasters import EarthformerForecaster
-from pipelines import forecast, runs, windows
+from pipelines import configs, forecast, runs, windows
 from pipelines.archives import store
 from pipelines.archives.store import Archive
 from pipelines.tasks import Task
@@ -41,7 +41,7 @@ def write_forecast(
         split=split,
         seed=0,
         shard_windows=min(shard_windows, len(keys)),
-        members=values.shape[1],
+        ensemble=forecast.Ensemble(members=values.shape[1], keep_members=True),
     )
     config = planned.config | {
         "archive_hash": archive_hash or archive.config_hash,
@@ -55,7 +55,7 @@ def write_forecast(
         store.write_record(url, shard, {"regions": [store.region_record("", region, crc32)]})
         if not finish:
             return url
-    store.complete(url, {"counts": {"windows": len(keys), "members": planned.members}})
+    store.complete(url, {"counts": {"windows": len(keys), "members": values.shape[1]}})
     return url
 
 
@@ -67,7 +67,7 @@ def persist(task: Task, archive: Archive, keys: Sequence[Window]) -> np.ndarray:
 
 def write_run(url: str, task: Task, model: EarthformerConfig, seed: int = 0) -> str:
     """Write a finished run of the weights that a model starts from; returns its hash."""
-    config = runs.Config("earthformer", task, model)
+    config = configs.Config("earthformer", task, model)
     runs.start(url, config, {})
     torch.manual_seed(seed)
     weights = safetensors.torch.save(EarthformerForecaster(model, task.scaling).state_dict())

@@ -1,0 +1,340 @@
+"""PreDiff: an ensemble by latent diffusion, with knowledge alignment if asked (Gao et al., 2023).
+
+Frames become latents by a trained autoencoder, the denoiser makes latents of the future out of noise and
+the context's latents, and the autoencoder makes frames of them. Fields outside are in the archive's own
+units, as for every forecaster.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from earthformer import motion
+from earthformer.alignment import AlignmentNetwork, GaussianFunctional, functional, guidance
+from earthformer.autoencoder import Autoencoder, AutoencoderTraining, posterior_sample
+from earthformer.config import Scaling, need
+from earthformer.denoiser import Denoiser
+from earthformer.diffusion import Diffusion, Ema, LossTerms
+from earthformer.forecasters import Members, Trainable, present, scaled
+from earthformer.prediff_config import AlignmentConfig, AutoencoderConfig, PreDiffConfig
+
+Batch = dict[str, Tensor]
+
+
+class FrameAutoencoder(Trainable):
+    """Trains the autoencoder on frames of context and target alike (PreDiff, App. B.1)."""
+
+    def __init__(self, config: AutoencoderConfig, scaling: Scaling) -> None:
+        super().__init__()
+        self.objective = AutoencoderTraining(config)
+        self.scaling = scaling
+        self.latent_std: Tensor
+        self.register_buffer("latent_std", torch.ones(config.latent_channels))
+
+    @property
+    def autoencoder(self) -> Autoencoder:
+        """The network that training is for."""
+        return self.objective.autoencoder
+
+    def parts(self) -> list[nn.Module]:
+        """Autoencoder and discriminator."""
+        return list(self.objective.parts())
+
+    def loss(self, batch: Batch, step: int = 0) -> Tensor:
+        """The loss of optimiser step `step`, scalar: its gradient is right for both networks at once."""
+        frames = self._frames(batch)
+        config = self.objective.config
+        frames = frames[:, torch.randperm(frames.shape[1])[: config.frames_per_window].to(frames.device)]
+        if config.crop is not None:
+            y, x = (int(torch.randint(n - config.crop + 1, ())) for n in frames.shape[2:4])
+            frames = frames[:, :, y : y + config.crop, x : x + config.crop]
+        return self.objective.loss({"frames": frames}, step)
+
+    @torch.no_grad()
+    def validation_loss(self, batch: Batch, seeds: Tensor) -> Tensor:
+        """Mean absolute error of the reconstruction from the posterior's mode, scaled, (B,)."""
+        frames = self._frames(batch)
+        mean, _ = self.objective.autoencoder.encode(frames)
+        # The last validation's latents give the scale by which a diffusion model brings them to about 1.
+        self.latent_std.copy_(mean.float().flatten(0, 3).std(0).clamp_min(1e-6))
+        return (self.objective.autoencoder.decode(mean) - frames).abs().flatten(1).mean(1)
+
+    def _frames(self, batch: Batch) -> Tensor:
+        return scaled(torch.cat([batch["context"], batch["target"]], 1), self.scaling)
+
+
+class Latents(nn.Module):
+    """From fields to latents and back, by a trained autoencoder that is trained no further.
+
+    With `normalise` the target's latents are brought to a standard deviation of 1 in each channel; the
+    published model leaves them (a scale of 1), and never scales those of the context.
+    """
+
+    def __init__(self, config: AutoencoderConfig, scaling: Scaling, normalise: bool) -> None:
+        super().__init__()
+        self.autoencoder = Autoencoder(config).requires_grad_(False)
+        self.scaling, self.normalise = scaling, normalise
+        self.latent_std: Tensor
+        self.register_buffer("latent_std", torch.ones(config.latent_channels))
+
+    @torch.no_grad()
+    def encode_batch(self, batch: Batch, context_frames: int, aligned: bool) -> Batch:
+        """`context_latents`, `target_mean`, `target_logvar` and, if asked, `aligned`: (B, T, h, w, C)."""
+        if "target_mean" in batch:
+            return {name: latents.float() for name, latents in batch.items()}
+        frames = scaled(batch["target"], self.scaling)
+        condition = self.condition(batch["context"], context_frames, frames.shape[1], aligned)
+        return {**self.of_target(frames), **condition}
+
+    @torch.no_grad()
+    def of_target(self, frames: Tensor) -> Batch:
+        """`target_mean` and `target_logvar` (B, T, h, w, C) of scaled frames (B, T, H, W, C)."""
+        mean, logvar = self.autoencoder.encode(frames)
+        return {"target_mean": mean, "target_logvar": logvar}
+
+    @torch.no_grad()
+    def condition(self, context: Tensor, frames: int, target_frames: int, aligned: bool) -> Batch:
+        """Latents of a context's last `frames` (B, T, H, W, C) and, if asked, of its motion's forecast."""
+        field = scaled(context, self.scaling)
+        mean, _ = self.autoencoder.encode(field[:, -frames:])
+        found = {"context_latents": mean}
+        if aligned:
+            moved = motion.advect(field[:, -1], motion.flow(field[..., 0]), target_frames)
+            found["aligned"], _ = self.autoencoder.encode(moved)
+        return found
+
+    def posterior(self, batch: Batch, noise: Tensor) -> Tensor:
+        """A draw of the target's latents (B, T, h, w, C), scaled."""
+        z0 = posterior_sample(batch["target_mean"], batch["target_logvar"], noise)
+        return z0 / self.latent_std if self.normalise else z0
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Fields (B, T, H, W, C), float32 in the archive's own units, of scaled latents (B, T, h, w, C)."""
+        z = latents * self.latent_std if self.normalise else latents
+        return self.scaling.decode(self.autoencoder.decode(z).float())
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How members are drawn."""
+
+    sampler: str = "ddpm"
+    steps: int = 1000
+    precision: str = "float32"
+
+
+@dataclass(frozen=True)
+class Guide:
+    """Knowledge alignment: a trained constraint, and how far from its mean the forecast is asked to be."""
+
+    constraint: "Constraint"
+    deviations: float
+    """n of mu + n sigma (PreDiff, Sec. 4.2)."""
+    strength: float = 50.0
+    """The published guidance scale."""
+
+
+class PreDiff(Trainable):
+    """The denoiser on a trained autoencoder's latents: its training objective, and its ensembles."""
+
+    def __init__(self, config: PreDiffConfig, autoencoder: AutoencoderConfig, scaling: Scaling) -> None:
+        """
+        Raises:
+            ValueError: the denoiser's latents are not the autoencoder's.
+        """
+        super().__init__()
+        found, needed = config.denoiser.target[1:], autoencoder.latent
+        need(found == needed, "denoiser.target (H, W, C)", found, f"{needed}, the autoencoder's latents")
+        aligned = config.denoiser.aligned_channels
+        whole = aligned in (0, autoencoder.latent_channels)
+        need(whole, "denoiser.aligned_channels", aligned, f"0 or {autoencoder.latent_channels}")
+        self.config = config
+        self.latents = Latents(autoencoder, scaling, config.normalise)
+        self.denoiser = Denoiser(config.denoiser)
+        self.ema = Ema(self.denoiser, config.ema_decay)
+        self.diffusion = Diffusion(config.diffusion)
+        self.logvar = nn.Parameter(
+            torch.zeros(config.diffusion.timesteps), requires_grad=config.diffusion.learn_logvar
+        )
+        self.sampling = Sampling()
+        self.guide: Guide | None = None
+
+    # ------------------------------------------------------------------------------------- training
+
+    def encode(self, batch: Batch) -> Batch:
+        """A batch of fields as latents; one of latents as it is."""
+        shape = self.config.denoiser
+        return self.latents.encode_batch(batch, shape.context[0], shape.aligned_channels > 0)
+
+    def loss(self, batch: Batch, step: int = 0) -> Tensor:
+        """The loss (PreDiff, Eq. 4; Ho et al., 2020), a scalar, with t and noise drawn anew."""
+        latents = self.encode(batch)
+        mean = latents["target_mean"]
+        t = torch.randint(self.config.diffusion.timesteps, mean.shape[:1], device=mean.device)
+        posterior, noise = torch.randn_like(mean), torch.randn_like(mean)
+        return self._terms(self.denoiser, latents, t, posterior, noise).total.mean()
+
+    def after_step(self) -> None:
+        """Follow the denoiser's weights, once an optimiser step."""
+        self.ema.update(self.denoiser)
+
+    @torch.no_grad()
+    def validation_loss(self, batch: Batch, seeds: Tensor) -> Tensor:
+        """Error of the EMA weights' prediction (B,), of t and noise that each window's seed decides."""
+        latents = self.encode(batch)
+        mean = latents["target_mean"]
+        t, noise = seeded(seeds, self.config.diffusion.timesteps, mean)
+        return self._terms(self.ema.module, latents, t, torch.zeros_like(mean), noise).simple
+
+    def _terms(
+        self, denoiser: nn.Module, latents: Batch, t: Tensor, posterior: Tensor, noise: Tensor
+    ) -> LossTerms:
+        z0 = self.latents.posterior(latents, posterior)
+        predicted = denoiser(
+            self.diffusion.q_sample(z0, t, noise), t, latents["context_latents"], latents.get("aligned")
+        )
+        return self.diffusion.loss_terms(predicted, z0, noise, t, self.logvar)
+
+    # ------------------------------------------------------------------------------------- forecasts
+
+    def members(self, context: Tensor, seeds: Tensor, batch: int) -> Iterator[Members]:
+        """Members, so many at a time, of one context (1, T_in, H, W, C) and seeds (1, M).
+
+        The context is encoded once. A member is the same whatever it is batched with, up to float rounding.
+        Missing pixels are as if nothing were there; all members of a context without any pixel are NaN.
+        """
+        shape = self.config.denoiser
+        condition = self.latents.condition(
+            context, shape.context[0], shape.target[0], shape.aligned_channels > 0
+        )
+        requested = None
+        if self.guide is not None:
+            requested = self.guide.constraint.request(context, self.guide.deviations)
+        for first in range(0, seeds.shape[1], batch):
+            some = self._some(condition, seeds[:, first : first + batch], requested)
+            if not present(context).any():
+                some.fields.fill_(torch.nan)
+            yield some
+
+    @torch.no_grad()
+    def _some(self, condition: Batch, seeds: Tensor, requested: Tensor | None) -> Members:
+        b, m = seeds.shape
+        repeated = {name: latents.repeat_interleave(m, 0) for name, latents in condition.items()}
+        autocast = torch.autocast(
+            seeds.device.type, dtype=torch.bfloat16, enabled=self.sampling.precision == "bf16"
+        )
+
+        def denoise(z: Tensor, t: Tensor) -> Tensor:
+            with autocast:
+                # One step for all: a linear layer rounds a row by where it stands in a batch.
+                made: Tensor = self.ema.module(z, t[:1], repeated["context_latents"], repeated.get("aligned"))
+            return made.float()
+
+        guide = None
+        if self.guide is not None and requested is not None:
+            wanted, strength = requested.repeat_interleave(m, 0), self.guide.strength
+            network = self.guide.constraint.network
+
+            def guide(z: Tensor, t: Tensor) -> Tensor:
+                return strength * guidance(network, z, t[:1], wanted)
+
+        drawn = self.diffusion.sample(
+            denoise,
+            self.config.denoiser.target,
+            seeds.flatten(),
+            self.sampling.sampler,
+            self.sampling.steps,
+            guide=guide,
+        )
+        fields = torch.cat([self.latents.decode(z[None]) for z in drawn.latents])
+        achieved = None
+        if self.guide is not None:
+            seen = self.latents.scaling.encode(fields)
+            achieved = functional(seen, self.guide.constraint.config.functional).mean((1, 2))
+            achieved = achieved.reshape(b, m)
+        return Members(torch.unflatten(fields, 0, (b, m)), achieved, requested)
+
+    def forecast(self, context: Tensor, seeds: Tensor) -> Tensor:
+        """Members (B, M, T_out, H, W, C), float32 in the units of `context` (B, T_in, H, W, C)."""
+        each = [
+            torch.cat([part.fields for part in self.members(one[None], s[None], seeds.shape[1])], 1)
+            for one, s in zip(context, seeds, strict=True)
+        ]
+        return torch.cat(each)
+
+
+class Constraint(Trainable):
+    """The alignment network on noisy latents, and what a future after some context is expected to have.
+
+    Trained side by side: the network reads the functional of each target frame off noisy latents (PreDiff,
+    Sec. 3.3), the Gaussian model gives the functional's mean and spread given that of the context frames
+    (Sec. 4.2).
+    """
+
+    def __init__(self, config: AlignmentConfig, autoencoder: AutoencoderConfig, scaling: Scaling) -> None:
+        """
+        Raises:
+            ValueError: the network's latents are not the autoencoder's.
+        """
+        super().__init__()
+        found, needed = config.target[1:], autoencoder.latent
+        need(found == needed, "target (H, W, C)", found, f"{needed}, the autoencoder's latents")
+        self.config = config
+        self.latents = Latents(autoencoder, scaling, config.normalise)
+        self.network = AlignmentNetwork(config)
+        self.gaussian = GaussianFunctional(config.context_frames)
+        self.diffusion = Diffusion(config.diffusion)
+
+    def parts(self) -> list[nn.Module]:
+        """What has its gradient clipped by itself."""
+        return [self.network, self.gaussian]
+
+    def loss(self, batch: Batch, step: int = 0) -> Tensor:
+        """Squared error of the network at random t, plus the Gaussian's negative log-likelihood."""
+        frames = scaled(batch["target"], self.latents.scaling)
+        latents = self.latents.of_target(frames)
+        mean = latents["target_mean"]
+        z0 = self.latents.posterior(latents, torch.randn_like(mean))
+        t = torch.randint(self.config.diffusion.timesteps, mean.shape[:1], device=mean.device)
+        error = self._error(z0, t, torch.randn_like(mean), frames)
+        wanted = functional(frames, self.config.functional).mean((1, 2))
+        return error.mean() + self.gaussian.loss(self._seen(batch["context"]), wanted)
+
+    @torch.no_grad()
+    def validation_loss(self, batch: Batch, seeds: Tensor) -> Tensor:
+        """Squared error of the network (B,), of t and noise that each window's seed decides."""
+        frames = scaled(batch["target"], self.latents.scaling)
+        latents = self.latents.of_target(frames)
+        mean = latents["target_mean"]
+        z0 = self.latents.posterior(latents, torch.zeros_like(mean))
+        return self._error(z0, *seeded(seeds, self.config.diffusion.timesteps, mean), frames)
+
+    @torch.no_grad()
+    def request(self, context: Tensor, deviations: float) -> Tensor:
+        """mu + n sigma (B,) of the functional, on scaled fields, after contexts (B, T_in, H, W, C)."""
+        level: Tensor = self.gaussian.level(self._seen(context), deviations)
+        return level
+
+    def _error(self, z0: Tensor, t: Tensor, noise: Tensor, frames: Tensor) -> Tensor:
+        read = self.network(self.diffusion.q_sample(z0, t, noise), t)
+        wanted = functional(frames, self.config.functional)
+        if not self.config.per_frame:
+            wanted = wanted.mean(1)
+        error: Tensor = (read - wanted).square().flatten(1).mean(1)
+        return error
+
+    def _seen(self, context: Tensor) -> Tensor:
+        field = scaled(context[:, -self.config.context_frames :], self.latents.scaling)
+        return functional(field, self.config.functional)[..., 0]
+
+
+def seeded(seeds: Tensor, timesteps: int, like: Tensor) -> tuple[Tensor, Tensor]:
+    """t (B,) and noise of the shape of `like` (B, ...), of which each row follows from its seed alone."""
+    t, noise = [], []
+    for seed in seeds.tolist():
+        generator = torch.Generator().manual_seed(seed)
+        t.append(torch.randint(timesteps, (), generator=generator))
+        noise.append(torch.randn(like.shape[1:], generator=generator))
+    return torch.stack(t).to(like.device), torch.stack(noise).to(like.device, like.dtype)

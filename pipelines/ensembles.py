@@ -1,0 +1,453 @@
+"""Ensembles reduced as their members arrive: moments, quantiles, and probabilities of events.
+
+Nothing that is kept grows with the number of members, but for a temporary file where quantiles are asked.
+"""
+
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import dask.array
+import numpy as np
+import torch
+import xarray as xr
+from scipy.special import betaincinv
+
+from earthformer.scores import nino34
+from pipelines.events import NINO34, Bound, BoundEvent, plain_units, vil_kg_m2
+
+LEVEL = 0.95
+"""Of confidence intervals."""
+BLOCK_BYTES = 8 << 20
+"""Values worked on at once, as float64."""
+
+_COMPARE = {">=": np.greater_equal, ">": np.greater, "<=": np.less_equal, "<": np.less}
+
+
+def interval(k: np.ndarray, n: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Confidence interval (95 %) of a probability of which k of n independent members speak.
+
+    Jeffreys' as modified by Brown, Cai and DasGupta (2001), which is Clopper and Pearson's exact one where
+    no or all members have the event: it holds the truth in 91 % of cases at least and 95 % on average, where
+    Wilson's falls to 84 % for rare events, those that matter, and Jeffreys' own to 88 %.
+
+    Args:
+        k: members with the event, integers of any shape.
+        n: members that were asked, of the same shape; NaN where there are none.
+
+    Returns:
+        Lower and upper ends, float64 of the same shape.
+    """
+    # Few pairs differ, and the inverse of the incomplete beta function is slow.
+    scale = int(n.max(initial=0)) + 1
+    pairs, inverse = np.unique(k.astype(np.int64) * scale + n, return_inverse=True)
+    yes, of = np.divmod(pairs, scale)
+    tail = (1 - LEVEL) / 2
+    low, high = (betaincinv(yes + 0.5, of - yes + 0.5, p) for p in (tail, 1 - tail))
+    exact = tail ** (1 / np.maximum(of, 1))
+    low = np.select([yes <= 1, yes == of], [0.0, exact], low)
+    high = np.select([yes >= of - 1, yes == 0], [1.0, 1 - exact], high)
+    low, high = (np.where(of == 0, np.nan, end) for end in (low, high))
+    return low[inverse].reshape(k.shape), high[inverse].reshape(k.shape)
+
+
+class Reduction:
+    """The ensemble of one window, reduced as members arrive.
+
+    Members in any order and any chunking give the same, to rounding.
+    """
+
+    def __init__(self, bound: Bound, window: int, quantiles: Sequence[float] = ()) -> None:
+        """Start without members.
+
+        Args:
+            bound: what is asked.
+            window: index of the window among those that `bound` was made for.
+            quantiles: from 0 to 1, each exact.
+        """
+        self.bound = bound
+        self.n = 0
+        """Members that count: independent, so this is the effective number as well."""
+        self.failed = 0
+        """Members without one finite value, left out."""
+        self._shape = (len(bound.lead_times), *bound.grid.shape)
+        self._moments = _Moments(int(np.prod(self._shape)))
+        self._counters = [_Counter(event, bound, window) for event in bound.events]
+        self._spill = _Spill(quantiles) if len(quantiles) else None
+
+    def add(self, members: np.ndarray) -> None:
+        """Take members in.
+
+        Args:
+            members: float32 (m, T, H, W) in the task's units; what is not finite is missing.
+
+        Raises:
+            ValueError: they are of another shape.
+        """
+        if members.shape[1:] != self._shape:
+            raise ValueError(f"members of shape {members.shape[1:]}: needed {self._shape}")
+        finite = np.isfinite(members)
+        whole = bool(finite.all())
+        if not whole:
+            alive = finite.any(axis=(1, 2, 3))
+            self.failed += int((~alive).sum())
+            members = np.where(finite, members, np.float32(np.nan))[alive]
+        del finite
+        self.n += len(members)
+        if not len(members):
+            return
+        self._moments.add(members.reshape(len(members), -1), whole)
+        for counter in self._counters:
+            counter.add(members, whole)
+        if self._spill is not None:
+            self._spill.add(members)
+
+    def half_width(self) -> float:
+        """Half the width of the widest interval of any event, over all pixels that any member speaks of.
+
+        Infinite before the first member; 0 where no event can be asked of this window.
+        """
+        asked = [counter for counter in self._counters if counter.here]
+        if not asked or self.n == 0:
+            return np.inf if asked else 0.0
+        widest = 0.0
+        for counter in asked:
+            low, high = interval(counter.k[counter.n > 0], counter.n[counter.n > 0])
+            widest = max(widest, float((high - low).max(initial=0.0)) / 2)
+        return widest
+
+    def result(self) -> dict[str, np.ndarray]:
+        """What `template` lays out, of this window, by the same names and without the window's dimension."""
+        name, (mean, stdev) = self.bound.task.variable, self._moments.result()
+        found = {
+            f"{name}_mean": mean.reshape(self._shape),
+            f"{name}_stdev": stdev.reshape(self._shape),
+            "n_members": np.int32(self.n),
+            "failed_members": np.int32(self.failed),
+            "smallest_resolvable": np.float32(1 / self.n if self.n else np.nan),
+        }
+        if self._spill is not None:
+            found[f"{name}_quantile"] = self._spill.result(self._shape)
+        for prefix, scalar in (("", False), ("regional_", True)):
+            asked = [counter for counter in self._counters if counter.event.scalar == scalar]
+            if asked:
+                k, n = (np.stack([getattr(counter, of) for counter in asked]) for of in ("k", "n"))
+                found[f"{prefix}probability"] = k / np.where(n > 0, n, np.nan)
+                found[f"{prefix}ci_low"], found[f"{prefix}ci_high"] = interval(k, n)
+        return {
+            key: np.asarray(value, np.float32) if np.asarray(value).dtype.kind == "f" else np.asarray(value)
+            for key, value in found.items()
+        }
+
+
+class _Moments:
+    """Mean and central second moment of each pixel, merged by Chan et al. (1983)."""
+
+    def __init__(self, size: int) -> None:
+        self.count = np.zeros(size, dtype=np.int64)
+        self.mean, self.squares = np.zeros(size), np.zeros(size)
+
+    def add(self, values: np.ndarray, whole: bool) -> None:
+        """Take (m, P) in; `whole`: nothing is NaN."""
+        for block in _blocks(values.shape[1], len(values)):
+            part = values[:, block].astype(np.float64)
+            count: Any = len(part)
+            if not whole:
+                known = ~np.isnan(part)
+                count = known.sum(axis=0)
+                part[~known] = 0
+            mean = part.sum(axis=0) / np.maximum(count, 1)
+            part -= mean
+            if not whole:
+                part *= known
+            squares = np.einsum("mp,mp->p", part, part)
+            before = self.count[block]
+            total = before + count
+            share = count / np.maximum(total, 1)
+            difference = mean - self.mean[block]
+            self.mean[block] += difference * share
+            self.squares[block] += squares + difference**2 * before * share
+            self.count[block] = total
+
+    def result(self) -> tuple[np.ndarray, np.ndarray]:
+        """Mean, and standard deviation of the population that members are a sample of; NaN of too few."""
+        mean = np.where(self.count > 0, self.mean, np.nan)
+        variance = self.squares / np.where(self.count > 1, self.count - 1, np.nan)
+        return mean, np.sqrt(variance)
+
+
+class _Spill:
+    """Members in a temporary file without a name, for quantiles."""
+
+    def __init__(self, quantiles: Sequence[float]) -> None:
+        self.quantiles, self.count, self.size = np.asarray(quantiles, dtype=np.float64), 0, 0
+        self.file = tempfile.TemporaryFile()  # noqa: SIM115  closed with the object
+
+    def add(self, members: np.ndarray) -> None:
+        members = np.ascontiguousarray(members, dtype=np.float32)
+        self.count, self.size = self.count + len(members), members[0].size
+        self.file.write(members.data)
+
+    def result(self, shape: tuple[int, ...]) -> np.ndarray:
+        """Each quantile of what is known, float32 (quantiles, *shape); NaN where nothing is."""
+        found = np.full((len(self.quantiles), int(np.prod(shape))), np.nan, dtype=np.float32)
+        for block in _blocks(self.size, self.count):
+            part = np.empty((self.count, block.stop - block.start), dtype=np.float32)
+            for member, row in enumerate(part):
+                self.file.seek((member * self.size + block.start) * 4)
+                self.file.readinto(row.data)  # type: ignore[attr-defined]
+            found[:, block] = _quantiles(part.T.copy(), self.quantiles)
+        self.file.seek(0, 2)
+        return found.reshape(-1, *shape)
+
+
+def _quantiles(values: np.ndarray, quantiles: np.ndarray) -> np.ndarray:
+    """Of (P, m) without NaN, as `numpy.quantile`: (quantiles, P). Sorts in place."""
+    values.sort(axis=1)  # NaN goes last
+    known = values.shape[1] - np.isnan(values).sum(axis=1)
+    at = quantiles[:, None] * np.maximum(known - 1, 0)
+    below = np.floor(at).astype(np.int64)
+    above = np.minimum(below + 1, np.maximum(known - 1, 0))
+    rows = np.arange(len(values))
+    low, high = (values[rows, index].astype(np.float64) for index in (below, above))
+    return low + (high - low) * (at - below)
+
+
+class _Counter:
+    """Members with one event and members asked, of each pixel or of the window."""
+
+    def __init__(self, event: BoundEvent, bound: Bound, window: int) -> None:
+        self.event = event
+        self.here = event.windows is None or bool(event.windows[bound.grid.of_window(window)])
+        region = event.event.region
+        self.pixels = bound.grid.pixels(region, window) if region is not None and self.here else None
+        self.widths = disk(event.event.radius, bound.grid.pixel_km(window))
+        shape = () if event.scalar else bound.grid.shape
+        self.k, self.n = np.zeros(shape, dtype=np.int32), np.zeros(shape, dtype=np.int32)
+
+    def add(self, members: np.ndarray, whole: bool) -> None:
+        """Take (m, T, H, W) in; `whole`: nothing is NaN."""
+        if self.here:
+            happened, known = self._happened(members, whole)
+            self.k += happened.sum(axis=0, dtype=np.int32)
+            self.n += known.sum(axis=0, dtype=np.int32)
+
+    def _happened(self, members: np.ndarray, whole: bool) -> tuple[np.ndarray, np.ndarray]:
+        """Of each member, and each pixel of a field, whether it has the event, and whether that is known."""
+        event, region = self.event.event, self.event.event.region
+        if event.variable == NINO34:
+            index = nino34(torch.tensor(members).double()).float().numpy()
+            return self._in_time(index[:, self.event.frames], whole)
+        values = members[:, self.event.frames]
+        if self.pixels is not None and not event.radius:
+            values = values[:, :, *self.pixels]
+        if region is not None and region.reduce == "mean":
+            return self._in_time(_mean(vil_kg_m2(values) if self.event.kg_m2 else values), False, False)
+        happened, known = self._in_time(values, whole, self.event.kg_m2)
+        if event.radius:
+            happened = dilate(happened, self.widths) & known
+            if self.pixels is not None:
+                happened, known = (each[:, *self.pixels] for each in (happened, known))
+        if region is None:
+            return happened, known
+        pixels, hits = known.sum(axis=-1), happened.sum(axis=-1)
+        # A tenth of 30 pixels is 3 of them, whatever floats say.
+        enough = hits >= (region.fraction or 0.0) * pixels - 1e-9
+        return enough & (hits > 0), pixels > 0
+
+    def _in_time(self, values: np.ndarray, whole: bool, kg_m2: bool = False) -> tuple[np.ndarray, np.ndarray]:
+        """The same of (m, t, ...) values, of whatever the dimensions after t are.
+
+        What misses a frame of the lead-time range knows nothing.
+        """
+        event, compare = self.event.event, _COMPARE[self.event.event.comparison]
+        # Python floats are compared as float32, so that 0.7 mm/h reaches 0.7.
+        threshold = float(self.event.threshold)
+        if event.accumulated:
+            happened = compare(values.sum(axis=1), threshold)
+        else:
+            happened = np.zeros(values[:, 0].shape, dtype=bool)
+            run = np.zeros(happened.shape, dtype=np.int16)
+            for frame in np.moveaxis(values, 1, 0):
+                hit = compare(vil_kg_m2(frame) if kg_m2 else frame, threshold)
+                if event.duration > 1:
+                    run += 1
+                    run *= hit
+                    hit = run >= event.duration
+                happened |= hit
+        known = np.ones(happened.shape, dtype=bool) if whole else ~np.isnan(values).any(axis=1)
+        return happened & known, known
+
+
+def _mean(values: np.ndarray) -> np.ndarray:
+    """Over the last axis, of what is known, float32; NaN where nothing is."""
+    known = ~np.isnan(values)
+    count = known.sum(axis=-1)
+    total = np.where(known, values, 0).sum(axis=-1, dtype=np.float64)
+    return (total / np.where(count > 0, count, np.nan)).astype(np.float32)
+
+
+def disk(radius_km: float, pixel_km: tuple[float, float]) -> list[int]:
+    """Half-widths in pixels of a disk's rows, from its middle row on."""
+    # Producers round pixel sizes: 5 km are 5 pixels of 1.0003 km.
+    radius, (height, width) = radius_km * (1 + 1e-3), pixel_km
+    rows = np.arange(int(radius / height) + 1) * height
+    return [int(half) for half in np.sqrt(radius**2 - rows**2) / width]
+
+
+def dilate(hits: np.ndarray, widths: Sequence[int]) -> np.ndarray:
+    """Where any pixel of the disk around a pixel is hit, bool (m, H, W)."""
+    found, wide, reached = np.zeros_like(hits), hits.copy(), 0
+    if not hits.any():
+        return found
+    # From the disk's narrow top row to its middle: each row widens the one before.
+    for row, half in reversed(list(enumerate(widths))):
+        while reached < min(half, hits.shape[2] - 1):
+            reached += 1
+            wide[..., reached:] |= hits[..., :-reached]
+            wide[..., :-reached] |= hits[..., reached:]
+        if row == 0:
+            found |= wide
+        elif row < hits.shape[1]:
+            found[:, row:] |= wide[:, :-row]
+            found[:, :-row] |= wide[:, row:]
+    return found
+
+
+def _blocks(size: int, members: int) -> Iterator[slice]:
+    step = max(1, BLOCK_BYTES // (8 * max(members, 1)))
+    return (slice(first, min(first + step, size)) for first in range(0, size, step))
+
+
+# ------------------------------------------------------------------------------------------- template
+
+
+def template(
+    bound: Bound,
+    windows: int,
+    shard_windows: int,
+    attrs: Mapping[str, Any],
+    quantiles: Sequence[float] = (),
+) -> xr.Dataset:
+    """Variables and coordinates of a store of `Reduction.result`s; its values are not computed.
+
+    Args:
+        bound: what is asked.
+        windows: their number.
+        shard_windows: windows of a shard.
+        attrs: CF attributes of the task's variable (`windows.attributes`).
+        quantiles: as the reductions are given.
+
+    Returns:
+        Every variable's first dimension is `window`; spatial dimensions and `lead_time` are the forecast's,
+        whose coordinates are the caller's to add.
+    """
+    name, dims = bound.task.variable, bound.grid.dims
+    what = str(attrs.get("long_name", name))
+    field = ("lead_time", *dims)
+    sizes = dict(zip(field, (len(bound.lead_times), *bound.grid.shape), strict=True))
+    coords: dict[str, Any] = {}
+
+    def lay_out(
+        of: Sequence[str], attrs: Mapping[str, Any], whole: int, dtype: type = np.float32
+    ) -> xr.Variable:
+        """`whole`: how many of the last dimensions a chunk holds."""
+        each = tuple(sizes[dim] for dim in of)
+        encoding: dict[str, Any] = {"chunks": (shard_windows, *each)}
+        if whole:
+            encoding["chunks"] = (*[1] * (1 + len(of) - whole), *each[len(of) - whole :])
+            encoding["shards"] = (shard_windows, *each)
+        if dtype is np.float32:
+            encoding["_FillValue"] = np.float32("nan")
+        zeros = dask.array.zeros((windows, *each), dtype=dtype, chunks=(windows, *each))
+        return xr.Variable(("window", *of), zeros, attrs=dict(attrs), encoding=encoding)
+
+    moments = {key: value for key, value in attrs.items() if key in ("units", "standard_name")}
+    found = {
+        f"{name}_mean": lay_out(
+            field,
+            moments | {"long_name": f"ensemble mean of {what}", "cell_methods": "realization: mean"},
+            3,
+        ),
+        f"{name}_stdev": lay_out(
+            field,
+            moments
+            | {
+                "long_name": f"ensemble standard deviation of {what}",
+                "cell_methods": "realization: standard_deviation",
+                "comment": "of the population that the members are a sample of (n - 1)",
+            },
+            3,
+        ),
+        "n_members": lay_out(
+            (), {"long_name": "members that count, all independent", "units": "1"}, 0, np.int32
+        ),
+        "failed_members": lay_out(
+            (), {"long_name": "members without a finite value, left out", "units": "1"}, 0, np.int32
+        ),
+        "smallest_resolvable": lay_out(
+            (), {"long_name": "smallest probability above 0 that n_members can tell", "units": "1"}, 0
+        ),
+    }
+    if len(quantiles):
+        sizes["quantile"] = len(quantiles)
+        coords["quantile"] = ("quantile", np.asarray(quantiles, np.float64), {"units": "1"})
+        found[f"{name}_quantile"] = lay_out(
+            ("quantile", *field), moments | {"long_name": f"ensemble quantile of {what}"}, 3
+        )
+    for prefix, events, of in (("", bound.fields, dims), ("regional_", bound.regional, ())):
+        if not events:
+            continue
+        dim = f"{prefix}event"
+        sizes[dim] = len(events)
+        coords |= _event_coords(prefix, events, bound)
+        for key, said in (
+            ("probability", "probability of the event: the fraction of members that have it"),
+            ("ci_low", f"lower end of the probability's {LEVEL:.0%} confidence interval"),
+            ("ci_high", f"upper end of the probability's {LEVEL:.0%} confidence interval"),
+        ):
+            extra = {"ancillary_variables": f"{prefix}ci_low {prefix}ci_high n_members"}
+            said_of = {"long_name": said, "units": "1"} | (extra if key == "probability" else {})
+            found[f"{prefix}{key}"] = lay_out((dim, *of), said_of, len(of))
+    return xr.Dataset(found, coords=coords)
+
+
+def _event_coords(prefix: str, events: Sequence[BoundEvent], bound: Bound) -> dict[str, Any]:
+    """What each event is, along `event` or `regional_event`."""
+    asked = [event.event for event in events]
+    units = [plain_units(event.units) for event in asked]
+    same = {"units": units[0]} if len(set(units)) == 1 else {}
+    leads = [(bound.lead_times[e.frames.start], bound.lead_times[e.frames.stop - 1]) for e in events]
+    months = {} if bound.lead_times.dtype.kind == "m" else {"units": "months"}
+    found: dict[str, tuple[Any, dict[str, str]]] = {
+        "event": ([e.name for e in asked], {"long_name": "name of the event"}),
+        "variable": ([e.variable for e in asked], {"long_name": "variable compared with the threshold"}),
+        "comparison": ([e.comparison for e in asked], {"long_name": "of variable and threshold"}),
+        "threshold": ([e.threshold for e in asked], {"long_name": "threshold of the event", **same}),
+        "threshold_units": (units, {"long_name": "units of threshold"}),
+        "lead_from": ([first for first, _ in leads], {"long_name": "first lead time", **months}),
+        "lead_to": ([last for _, last in leads], {"long_name": "last lead time", **months}),
+        "duration": (
+            [e.duration for e in asked],
+            {"long_name": "successive frames that must have the event", "units": "1"},
+        ),
+        "accumulated": (
+            [int(e.accumulated) for e in asked],
+            {"long_name": "1: the threshold is of the sum over the lead times", "units": "1"},
+        ),
+        "radius": (
+            [e.radius for e in asked],
+            {"long_name": "the event is anywhere within this distance", "units": "km"},
+        ),
+    }
+    if prefix:
+        regions = [e.region for e in asked]
+        found["reduce"] = (
+            [f"fraction {r.fraction:g}" if r and r.fraction else r.reduce if r else NINO34 for r in regions],
+            {"long_name": "how the region's pixels give one answer"},
+        )
+        found["region"] = ([str(r) if r else NINO34 for r in regions], {"long_name": "extent in degrees"})
+    return {
+        f"{prefix}{name}": (f"{prefix}event", np.array(values), said)
+        for name, (values, said) in found.items()
+    }

@@ -1,0 +1,221 @@
+"""Windows as latents, encoded once before training: what trains on latents need not encode at every step.
+
+RUN/latents/train.zarr and val.zarr: `(window, version, frame, y, x, channel)`, float16. Version 0 is the
+window as it is, the others are it turned and mirrored. They are made by replicas of the autoencoder, shard
+by shard, resumable like a forecast.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from functools import lru_cache, partial
+from typing import Any
+
+import dask.array
+import numpy as np
+import pyarrow as pa
+import ray.data
+import safetensors.torch
+import torch
+import xarray as xr
+from torch import Tensor, nn
+
+from pipelines import configs, engine, journal, runs, windows
+from pipelines.archives import filesystem, store
+from pipelines.archives.store import Archive
+from pipelines.windows import READ_WINDOWS, Window
+
+AUTOENCODER = "autoencoder.safetensors"
+SHARD_WINDOWS = 16
+
+
+def stored(config: configs.Config) -> bool:
+    """Whether this trainable's windows are encoded before training."""
+    return config.trainable == "denoiser" and config.training.latent_versions > 0
+
+
+def store_of(run: str, split: str) -> str:
+    """URL of a split's latents."""
+    return f"{run}/latents/{split}.zarr"
+
+
+def turned(field: Tensor, turn: int) -> Tensor:
+    """A window (T, H, W, C) by one of the eight symmetries of the square; of four if H and W differ."""
+    if field.shape[1] != field.shape[2]:
+        turn = (turn // 4) * 4 + (turn % 4) // 2 * 2
+    field = field.rot90(turn % 4, (1, 2))
+    return field.flip(2) if turn >= 4 else field
+
+
+def take_autoencoder(run: str, source: runs.Run) -> None:
+    """Copy a trained autoencoder into a run that builds on it, which then needs its own folder alone."""
+    trained: Any = source.module()
+    network = {f"autoencoder.{name}": tensor for name, tensor in trained.autoencoder.state_dict().items()}
+    content = safetensors.torch.save({**network, "latent_std": trained.latent_std})
+    journal.write_whole(run, AUTOENCODER, content)
+
+
+def load_autoencoder(trainable: nn.Module, run: str) -> None:
+    """Give a new trainable on latents the weights of the run's autoencoder.
+
+    Raises:
+        InputError: they are absent, or of another model.
+    """
+    fs, path = filesystem(run)
+    weights = safetensors.torch.load(fs.cat_file(f"{path}/{AUTOENCODER}"))
+    latents: Any = trainable.latents
+    runs.load_weights(latents, weights, f"{run}/{AUTOENCODER}")
+
+
+def encode(
+    config: configs.Config, archive: Archive, run: str, *, workers: int, gpu: bool, progress: bool
+) -> None:
+    """Encode the train and val windows of a run; what is there stays.
+
+    Raises:
+        InputError: the folder holds something else; no autoencoder.
+    """
+    for split in ("train", "val"):
+        keys = windows.enumerate_windows(config.task, archive, split)
+        versions = config.training.latent_versions if split == "train" else 1
+        url, shards = store_of(run, split), math.ceil(len(keys) / SHARD_WINDOWS)
+        settings = {"kind": "latents", "run": config.hash, "split": split, **runs.provenance(run)}
+        if store.begun(url, settings) and store.is_complete(url):
+            continue
+        todo = store.pending(url, shards) if store.begun(url, settings) else list(range(shards))
+        store.create(url, {"": _template(config, keys, versions)}, config=settings, shards=shards)
+        replica = {"config": config, "archive": archive, "run": run, "keys": keys, "versions": versions}
+        engine.replicate(
+            _Encoder, {**replica, "out": url}, todo, f"latents: {split} shards", workers, gpu, progress
+        )
+        store.complete(url, {"counts": {"windows": len(keys), "versions": versions}})
+
+
+def _template(config: configs.Config, keys: Sequence[Window], versions: int) -> xr.Dataset:
+    shape = config.model.denoiser
+    frames = {"context_latents": shape.context, "target_mean": shape.target, "target_logvar": shape.target}
+    if shape.aligned_channels:
+        frames["aligned"] = shape.target
+    variables = {}
+    for name, (t, h, w, c) in frames.items():
+        each = (len(keys), versions, t, h, w, c)
+        axis = "context_frame" if name == "context_latents" else "frame"
+        variables[name] = xr.Variable(
+            ("window", "version", axis, "y", "x", "channel"),
+            dask.array.zeros(each, dtype=np.float16, chunks=each),
+            encoding={
+                "chunks": (1, 1, t, h, w, c),
+                "shards": (min(SHARD_WINDOWS, len(keys)), versions, t, h, w, c),
+            },
+        )
+    tiles = [key.tile or (-1, -1) for key in keys]
+    coords = {
+        "series": ("window", np.array([key.series for key in keys])),
+        "start": ("window", np.array([key.start for key in keys])),
+        "tile_y": ("window", np.array([y for y, _ in tiles])),
+        "tile_x": ("window", np.array([x for _, x in tiles])),
+    }
+    return xr.Dataset(variables, coords=coords)
+
+
+class _Encoder:
+    """One replica of the autoencoder: encodes and writes whole shards."""
+
+    def __init__(
+        self,
+        config: configs.Config,
+        archive: Archive,
+        run: str,
+        keys: list[Window],
+        versions: int,
+        out: str,
+        threads: int,
+        device: str,
+    ) -> None:
+        engine.quiet()
+        torch.set_num_threads(min(threads, engine.cores()))
+        self.task, self.archive, self.keys, self.versions, self.out = (
+            config.task,
+            archive,
+            keys,
+            versions,
+            out,
+        )
+        self.device = torch.device(device)
+        module = runs.build(config)
+        load_autoencoder(module, run)
+        self.module: Any = module.eval().to(self.device)
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        shard = int(row["shard"])
+        place = slice(shard * SHARD_WINDOWS, min((shard + 1) * SHARD_WINDOWS, len(self.keys)))
+        found: dict[str, list[np.ndarray]] = {}
+        for key in self.keys[place]:
+            pixels = windows.read(self.task, self.archive, [key])
+            versions = [
+                {
+                    name: turned(torch.from_numpy(p[0]), turn)[None].to(self.device)
+                    for name, p in pixels.items()
+                }
+                for turn in range(self.versions)
+            ]
+            encoded = [self.module.encode(version) for version in versions]
+            for name in encoded[0]:
+                each = torch.cat([latents[name] for latents in encoded])
+                found.setdefault(name, []).append(each.half().cpu().numpy())
+        region = {"window": place}
+        crc32 = store.write_region(self.out, "", {n: np.stack(parts) for n, parts in found.items()}, region)
+        store.write_record(self.out, shard, {"regions": [store.region_record("", region, crc32)]})
+        return {"shard": shard}
+
+
+def batches(
+    url: str, keys: Sequence[Window], batch_size: int, epoch: int, device: torch.device
+) -> Iterator[dict[str, Tensor]]:
+    """Batches of these windows' latents in this order, read ahead by Ray Data tasks.
+
+    Each epoch takes another version of a window, in turn.
+    """
+    if not keys:
+        return
+    context = ray.data.DataContext.get_current()
+    context.execution_options.preserve_order = True
+    context.enable_progress_bars = False
+    rows = _rows(url)
+    places = [rows[key] for key in keys]
+    size = batch_size * max(1, READ_WINDOWS // batch_size)
+    blocks = [pa.table({"row": places[i : i + size]}) for i in range(0, len(places), size)]
+    dataset = ray.data.from_arrow(blocks).map_batches(
+        partial(_read, url=url, epoch=epoch),
+        batch_size=None,
+        batch_format="pyarrow",
+        num_cpus=0.25,
+        concurrency=min(2, len(blocks)),
+    )
+    for batch in dataset.iter_batches(batch_size=batch_size, prefetch_batches=2):
+        yield {str(name): torch.tensor(latents, device=device) for name, latents in batch.items()}
+
+
+def _read(table: pa.Table, url: str, epoch: int) -> dict[str, np.ndarray]:
+    archive = _opened(url)
+    names = [str(name) for name in archive.root.data_vars]
+    versions = archive.root.sizes["version"]
+    rows = table["row"].to_pylist()
+    return {
+        name: np.stack([archive.array("", name)[row, (row + epoch) % versions] for row in rows])
+        for name in names
+    }
+
+
+@lru_cache(maxsize=4)
+def _opened(url: str) -> Archive:
+    return store.open_archive(url)
+
+
+@lru_cache(maxsize=4)
+def _rows(url: str) -> dict[Window, int]:
+    root = _opened(url).root
+    columns = (root[name].values.tolist() for name in ("series", "start", "tile_y", "tile_x"))
+    return {
+        Window(str(series), start, (y, x) if y >= 0 else None): row
+        for row, (series, start, y, x) in enumerate(zip(*columns, strict=True))
+    }

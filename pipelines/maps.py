@@ -1,0 +1,180 @@
+"""Maps for the page: frames side by side, members as postage stamps, probabilities; as images in text."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import BoundaryNorm, Colormap, ListedColormap, Normalize
+from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.ticker import MaxNLocator
+
+from pipelines.plots import image, style
+from pipelines.score import Source
+from pipelines.tasks import Task
+
+MISSING = "#b9bec5"
+VIL_LEVELS = (0, 16, 31, 59, 74, 100, 133, 160, 181, 219, 255)
+VIL_COLOURS = (
+    "#ffffff",  # Below 16 there is nothing to see: left as blank as the page.
+    "#28be28",
+    "#199619",
+    "#0a690a",
+    "#0a4b0a",
+    "#f5f500",
+    "#edac00",
+    "#f06e00",
+    "#a00000",
+    "#e700ff",
+)
+RAIN_LEVELS = (0, 0.1, 0.25, 0.5, 1, 2, 4, 8, 16, 32, 100)
+RAIN_COLOURS = (
+    "#ffffff",
+    "#d3e6f5",
+    "#9fcbe8",
+    "#5a9fd4",
+    "#2b6cb0",
+    "#2ca25f",
+    "#a6d854",
+    "#ffd92f",
+    "#f5892a",
+    "#d7191c",
+)
+SST_RANGE = 3.0
+"""K either side of no anomaly."""
+OUTLINE = "#12b5a6"
+PROBABILITY_LEVELS = (0, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1)
+
+
+@dataclass(frozen=True)
+class Row:
+    """Fields side by side."""
+
+    name: str
+    fields: Sequence[np.ndarray]
+    """(y, x) each, masked where missing."""
+    titles: Sequence[str] = ()
+    """Above them; none to have none."""
+    outlines: Sequence[np.ndarray] = field(default=())
+    """Bool (y, x) each: what is drawn around in the fields."""
+
+
+@dataclass(frozen=True)
+class Palette:
+    """Colours of a kind of values."""
+
+    cmap: Colormap
+    norm: Normalize
+    extra: dict[str, Any]
+    """Arguments of the colour bar."""
+    label: str
+
+
+def palette(task: Task) -> Palette:
+    """Colours of the task's variable."""
+    if task.variable == "sst":
+        cmap = mpl.colormaps["RdBu_r"].with_extremes(bad=MISSING)
+        return Palette(cmap, Normalize(-SST_RANGE, SST_RANGE), {"extend": "both"}, "SST anomaly (K)")
+    vil = task.variable == "vil"
+    levels, colours = (VIL_LEVELS, VIL_COLOURS) if vil else (RAIN_LEVELS, RAIN_COLOURS)
+    cmap = ListedColormap(list(colours)).with_extremes(bad=MISSING, under=colours[0], over=colours[-1])
+    label = "vertically integrated liquid (encoded)" if vil else "rain rate (mm/h)"
+    return Palette(cmap, BoundaryNorm(levels, cmap.N), {"ticks": levels, "format": "%g"}, label)
+
+
+def probabilities() -> Palette:
+    """Colours of probabilities: blank below 5 %."""
+    colours = mpl.colormaps["magma_r"](np.linspace(0.03, 0.88, len(PROBABILITY_LEVELS) - 2))
+    cmap = ListedColormap([(1.0, 1.0, 1.0, 1.0), *map(tuple, colours)]).with_extremes(bad=MISSING)
+    extra = {"ticks": PROBABILITY_LEVELS, "format": "%g"}
+    return Palette(cmap, BoundaryNorm(PROBABILITY_LEVELS, cmap.N), extra, "probability")
+
+
+def draw(source: Source, index: int, rows: Sequence[Row], colours: Palette) -> str:
+    """The rows on the grid of a window, as an image."""
+    extent, origin = view(source, index)
+    columns = max(len(row.fields) for row in rows)
+    width = min(12 / columns, 3.0)
+    height = width * (extent[3] - extent[2]) / (extent[1] - extent[0])
+    above = 0.22 * sum(bool(row.titles) for row in rows[2:])
+    with style():
+        size = (width * columns + 0.7, (height + 0.05) * len(rows) + 1.1 + above)
+        figure = Figure(
+            size, layout=ConstrainedLayoutEngine(w_pad=0.02, h_pad=0.02, wspace=0.01, hspace=0.01)
+        )
+        grid: np.ndarray = figure.subplots(len(rows), columns, squeeze=False, sharex=True, sharey=True)
+        for axes_row, row in zip(grid, rows, strict=True):
+            for c, axes in enumerate(axes_row):
+                if c >= len(row.fields):
+                    axes.set_visible(False)
+                    continue
+                drawn = axes.imshow(
+                    row.fields[c],
+                    cmap=colours.cmap,
+                    norm=colours.norm,
+                    origin=origin,
+                    extent=extent,
+                    interpolation="nearest",
+                )
+                if row.outlines:
+                    _outline(axes, row.outlines[c], extent, origin)
+                _plain(axes)
+                if row.titles:
+                    axes.set_title(row.titles[c], fontsize=8.5, pad=3)
+            axes_row[0].set_ylabel(row.name.replace(" (", "\n("), fontsize=9, fontweight="bold")
+        bar = figure.colorbar(
+            drawn,
+            ax=grid,
+            location="bottom",
+            shrink=min(1.0, 7 / size[0]),
+            aspect=45,
+            pad=0.02,
+            **colours.extra,
+        )
+        bar.set_label(colours.label, fontsize=8.5)
+        bar.ax.tick_params(labelsize=8, length=2)
+        bar.outline.set(edgecolor="#9aa4ae", linewidth=0.7)
+        return image(figure, "png")
+
+
+def _outline(axes: Axes, where: np.ndarray, extent: tuple[float, ...], origin: Any) -> None:
+    # Nothing and everything have no outline, of which Matplotlib would warn.
+    if where.any() and not where.all() and min(where.shape) > 1:
+        axes.contour(
+            where.astype(float), levels=[0.5], colors=OUTLINE, linewidths=1.1, extent=extent, origin=origin
+        )
+
+
+def view(source: Source, index: int) -> tuple[tuple[float, float, float, float], Literal["upper", "lower"]]:
+    """West, east, south and north edges, and whether row 0 is the north or the south edge."""
+    root, in_metres = source.store.root, metric(source)
+    y, x = (root[name].values for name in root[source.name].dims[-2:])
+    if not in_metres and "x_origin" in root.coords:
+        y, x = y + root["y_origin"].values[index], x + root["x_origin"].values[index]
+    return (*_span(x, in_metres), *_span(y, in_metres)), "upper" if y[0] > y[-1] else "lower"
+
+
+def metric(source: Source) -> bool:
+    """Whether the grid is in metres."""
+    root = source.store.root
+    return root[root[source.name].dims[-1]].attrs.get("units") == "m"
+
+
+def _span(centres: np.ndarray, metric: bool) -> tuple[float, float]:
+    """Outer edges of an axis: in km from its lower end where it is in metres, else as it is."""
+    low, high = float(centres.min()), float(centres.max())
+    half = (high - low) / max(1, len(centres) - 1) / 2
+    return (0.0, (high - low + 2 * half) / 1000) if metric else (low - half, high + half)
+
+
+def _plain(axes: Axes) -> None:
+    axes.xaxis.set_major_locator(MaxNLocator(3, integer=True))
+    axes.yaxis.set_major_locator(MaxNLocator(3, integer=True))
+    axes.tick_params(labelsize=7.5, length=2, color="#9aa4ae")
+    for spine in axes.spines.values():
+        spine.set_visible(True)
+        spine.set_color("#c9d0d6")
+        spine.set_linewidth(0.7)

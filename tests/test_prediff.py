@@ -1,0 +1,236 @@
+"""PreDiff as a whole: what trains and what does not, and that a member follows from its seed alone."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from earthformer.config import Attention, FeedForward, Scaling
+from earthformer.prediff import Constraint, FrameAutoencoder, Guide, PreDiff, Sampling
+from earthformer.prediff_config import (
+    AlignmentConfig,
+    AutoencoderConfig,
+    DenoiserConfig,
+    Functional,
+    PreDiffConfig,
+)
+
+VIL = Scaling(scale=1 / 255)
+RAIN = Scaling(kind="log", r0=1.0)
+AUTOENCODER = AutoencoderConfig(
+    frame=(16, 16, 1),
+    widths=(8, 16),
+    layers=1,
+    latent_channels=4,
+    groups=4,
+    discriminator_layers=1,
+    discriminator_width=8,
+)
+STEADY = {
+    "attention": Attention(dropout=0.0, projection_dropout=0.0),
+    "feed_forward": FeedForward(dropout=0.0),
+    "dropout": 0.0,
+}
+DENOISER = DenoiserConfig(
+    context=(3, 8, 8, 4), target=(2, 8, 8, 4), widths=(64,), depth=(1,), scale_shift=True, **STEADY
+)
+ALIGNMENT = AlignmentConfig(
+    target=(2, 8, 8, 4), widths=(64,), depth=(1,), scale_shift=True, context_frames=3, **STEADY
+)
+SEEDS = torch.tensor([[3, 1, 4, 15, 9]])
+
+
+def storms(count: int, frames: int, seed: int = 0) -> torch.Tensor:
+    """Blobs that move to the right, encoded VIL, (B, T, 16, 16, 1)."""
+    draw = torch.Generator().manual_seed(seed)
+    x0, y0 = 16 * torch.rand(2, count, 1, 1, 1, generator=draw)
+    t = torch.arange(frames)[None, :, None, None]
+    y, x = torch.meshgrid(torch.arange(16.0), torch.arange(16.0), indexing="ij")
+    distance = (x - x0 - t).square() + (y - y0).square()
+    return (250 * torch.exp(-distance / 8)).round().to(torch.uint8)[..., None]
+
+
+@pytest.fixture
+def batch() -> dict[str, torch.Tensor]:
+    fields = storms(4, 5)
+    return {"context": fields[:, :3], "target": fields[:, 3:]}
+
+
+def made(config: DenoiserConfig = DENOISER, seed: int = 0, **options) -> PreDiff:
+    """A denoiser whose output is not the zero that it starts from."""
+    torch.manual_seed(seed)
+    prediff = PreDiff(PreDiffConfig(config, **options), AUTOENCODER, VIL)
+    for network in (prediff.denoiser, prediff.ema.module):
+        torch.manual_seed(seed + 1)
+        for parameter in network.parameters():
+            torch.nn.init.normal_(parameter, std=0.05)
+    prediff.sampling = Sampling("dpm++", 5)
+    return prediff.eval()
+
+
+def test_training_lowers_the_loss_and_leaves_the_autoencoder(batch):
+    torch.manual_seed(0)
+    prediff = PreDiff(PreDiffConfig(DENOISER, ema_decay=0.5), AUTOENCODER, VIL).train()
+    encoder = [p.clone() for p in prediff.latents.parameters()]
+    seeds = torch.arange(4)
+    before = prediff.validation_loss(batch, seeds).mean()
+    optimiser = torch.optim.AdamW([p for p in prediff.parameters() if p.requires_grad], lr=2e-3)
+    for step in range(30):
+        torch.manual_seed(step)
+        prediff(batch, step).backward()
+        optimiser.step()
+        optimiser.zero_grad()
+        prediff.after_step()
+    assert prediff.validation_loss(batch, seeds).mean() < 0.8 * before
+    assert int(prediff.ema.updates) == 30
+    assert prediff.logvar.any()
+    for now, then in zip(prediff.latents.parameters(), encoder, strict=True):
+        assert torch.equal(now, then)
+
+
+@pytest.mark.parametrize("channels", [0, 4])
+def test_latents_encoded_before_give_the_same_loss(batch, channels):
+    prediff = made(dataclasses.replace(DENOISER, aligned_channels=channels))
+    latents = prediff.encode(batch)
+    assert ("aligned" in latents) == (channels > 0)
+    losses = []
+    for given in (batch, latents):
+        torch.manual_seed(5)
+        losses.append(prediff.loss(given))
+    torch.testing.assert_close(*losses)
+
+
+def test_a_validation_loss_is_the_windows_own(batch):
+    prediff = made()
+    seeds = torch.tensor([7, 8, 9, 10])
+    whole = prediff.validation_loss(batch, seeds)
+    alone = prediff.validation_loss({name: field[2:3] for name, field in batch.items()}, seeds[2:3])
+    torch.testing.assert_close(alone[0], whole[2])
+    assert len(set(whole.tolist())) == 4
+
+
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim", "dpm++", "unipc"])
+def test_a_member_follows_from_its_seed(batch, sampler):
+    prediff = made(normalise=True)
+    prediff.sampling = Sampling(sampler, 5)
+    context = batch["context"][:1]
+    whole = prediff.forecast(context, SEEDS)
+    assert whole.shape == (1, 5, 2, 16, 16, 1)
+    assert whole.dtype == torch.float32
+    order = [4, 2, 0, 1, 3]
+    assert torch.equal(prediff.forecast(context, SEEDS[:, order]), whole[:, order])
+    pairs = [part.fields for part in prediff.members(context, SEEDS, 2)]
+    assert [part.shape[1] for part in pairs] == [2, 2, 1]
+    torch.testing.assert_close(torch.cat(pairs, 1), whole, rtol=1e-3, atol=1e-2)
+    spread = whole.std(1)
+    assert (spread.mean() > 0.1).all()
+
+
+def test_windows_are_forecast_alike_together_and_alone(batch):
+    prediff = made()
+    seeds = torch.tensor([[1, 2], [3, 4]])
+    both = prediff.forecast(batch["context"][:2], seeds)
+    assert torch.equal(prediff.forecast(batch["context"][1:2], seeds[1:])[0], both[1])
+
+
+def test_the_context_is_encoded_once_a_forecast(batch, monkeypatch):
+    prediff, calls = made(dataclasses.replace(DENOISER, aligned_channels=4)), []
+    encode = prediff.latents.autoencoder.encode
+    monkeypatch.setattr(
+        prediff.latents.autoencoder, "encode", lambda frames: calls.append(frames.shape[1]) or encode(frames)
+    )
+    list(prediff.members(batch["context"][:1], SEEDS, 2))
+    assert calls == [3, 2]  # the context, and what its motion makes of the target
+
+
+def test_what_is_missing_counts_as_nothing_there_unless_all_is(batch):
+    prediff = made()
+    context = batch["context"][:1].clone()
+    context[:, :, :4], filled = 255, context.clone()
+    filled[:, :, :4] = 0
+    assert torch.equal(prediff.forecast(context, SEEDS), prediff.forecast(filled, SEEDS))
+    assert torch.isnan(prediff.forecast(torch.full_like(context, 255), SEEDS)).all()
+
+
+def test_a_member_that_diverges_is_missing_and_the_others_are_not(batch):
+    prediff = made(normalise=True)
+    calm = prediff.forecast(batch["context"][:1], SEEDS)
+    network = prediff.ema.module
+    blown = network.forward
+
+    def forward(z, t, context_latents, aligned=None):
+        made_of = blown(z, t, context_latents, aligned)
+        made_of[1] = 1e6
+        return made_of
+
+    network.forward = forward
+    found = prediff.forecast(batch["context"][:1], SEEDS)
+    assert torch.isnan(found[:, 1]).all()
+    others = [0, 2, 3, 4]
+    assert torch.equal(found[:, others], calm[:, others])
+
+
+def test_guided_members_say_what_was_asked_and_what_they_made_of_it(batch):
+    prediff, context = made(normalise=True), batch["context"][:1]
+    torch.manual_seed(1)
+    constraint = Constraint(dataclasses.replace(ALIGNMENT, normalise=True), AUTOENCODER, VIL).eval()
+    plain = prediff.forecast(context, SEEDS)
+    prediff.guide = Guide(constraint, deviations=4.0)
+    (found,) = prediff.members(context, SEEDS, 5)
+    seen = context.float().mean((2, 3, 4)) / 255
+    torch.testing.assert_close(found.requested, constraint.gaussian.level(seen, 4.0))
+    torch.testing.assert_close(found.achieved, found.fields.mean((2, 3, 4, 5)) / 255)
+    assert not torch.equal(found.fields, plain)
+    prediff.guide = Guide(constraint, deviations=4.0, strength=0.0)
+    (idle,) = prediff.members(context, SEEDS, 5)
+    torch.testing.assert_close(idle.fields, plain)
+
+
+@pytest.mark.parametrize("kind", ["mean", "area", "maximum"])
+def test_the_constraint_learns_any_functional(batch, kind):
+    torch.manual_seed(0)
+    config = dataclasses.replace(ALIGNMENT, functional=Functional(kind, threshold=0.5))
+    constraint = Constraint(config, AUTOENCODER, VIL).train()
+    seeds = torch.arange(4)
+    before = constraint.validation_loss(batch, seeds).mean()
+    optimiser = torch.optim.AdamW([p for p in constraint.parameters() if p.requires_grad], lr=3e-3)
+    for step in range(30):
+        torch.manual_seed(step)
+        constraint(batch, step).backward()
+        optimiser.step()
+        optimiser.zero_grad()
+    assert constraint.validation_loss(batch, seeds).mean() < before
+    assert not any(p.grad is not None for p in constraint.latents.parameters())
+
+
+def test_the_autoencoder_learns_frames_and_the_spread_of_its_latents(batch):
+    torch.manual_seed(0)
+    trainable = FrameAutoencoder(dataclasses.replace(AUTOENCODER, adversarial_start=3), VIL).train()
+    assert len(trainable.parts()) == 2
+    before = trainable.validation_loss(batch, torch.arange(4))
+    assert before.shape == (4,)
+    optimiser = torch.optim.AdamW(trainable.parameters(), lr=3e-3)
+    for step in range(25):
+        trainable(batch, step).backward()
+        optimiser.step()
+        optimiser.zero_grad()
+    assert trainable.validation_loss(batch, torch.arange(4)).mean() < 0.7 * before.mean()
+    mean, _ = trainable.autoencoder.encode(torch.cat([batch["context"], batch["target"]], 1) / 255)
+    torch.testing.assert_close(trainable.latent_std, mean.flatten(0, 3).std(0))
+
+
+def test_latents_that_do_not_fit_are_named():
+    wide = dataclasses.replace(AUTOENCODER, latent_channels=8)
+    with pytest.raises(ValueError, match=r"denoiser.target .* \(8, 8, 4\): needed \(8, 8, 8\)"):
+        PreDiff(PreDiffConfig(DENOISER), wide, VIL)
+    with pytest.raises(ValueError, match=r"target .* \(8, 8, 4\): needed \(8, 8, 8\)"):
+        Constraint(ALIGNMENT, wide, VIL)
+    with pytest.raises(ValueError, match="aligned_channels is 3: needed 0 or 4"):
+        PreDiff(PreDiffConfig(dataclasses.replace(DENOISER, aligned_channels=3)), AUTOENCODER, VIL)
+
+
+def test_rain_rates_are_never_negative(batch):
+    torch.manual_seed(0)
+    prediff = PreDiff(PreDiffConfig(DENOISER), AUTOENCODER, RAIN).eval()
+    prediff.sampling = Sampling("ddim", 3)
+    assert (prediff.forecast(batch["context"][:1].float() / 10, SEEDS) >= 0).all()
