@@ -5,7 +5,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 EARTHFORMER := $(BIN)/earthformer
 
-.PHONY: demo test bench clean
+.PHONY: demo demo-earthformer demo-prediff test bench clean
 
 ifdef DATA
 HOME_OF_DEMO := demo/radar
@@ -23,7 +23,21 @@ RUN := $(HOME_OF_DEMO)/runs/earthformer
 FORECASTS := $(HOME_OF_DEMO)/forecasts
 BOTH := --forecast $(FORECASTS)/persistence.zarr --forecast $(FORECASTS)/earthformer.zarr --archive $(ARCHIVE)
 
-demo: .venv/installed
+# PreDiff: an ensemble takes long on a CPU, so that it is made of few windows.
+RUNS := $(HOME_OF_DEMO)/runs
+TINY := --task $(TASK) --preset prediff_sevir_lr_tiny --archive $(ARCHIVE)
+FEW := --archive $(ARCHIVE) --split test --every 18
+PREDIFF := $(EARTHFORMER) forecast --run $(RUNS)/denoiser --steps 10 --batch-size 16
+GUIDED := $(PREDIFF) --archive $(ARCHIVE) --limit 1 --members 16 --keep-members --alignment $(RUNS)/alignment
+ENSEMBLES := $(foreach name,persistence-few earthformer-few prediff,--forecast $(FORECASTS)/$(name).zarr) --archive $(ARCHIVE)
+MU := $(foreach name,mu mu+4sigma,--forecast $(FORECASTS)/$(name).zarr) --archive $(ARCHIVE)
+
+demo: demo-earthformer
+ifndef DATA
+demo: demo-prediff
+endif
+
+demo-earthformer: .venv/installed
 ifndef DATA
 	$(EARTHFORMER) synthesize sevir --out $(SOURCE) --events 72
 endif
@@ -33,6 +47,19 @@ endif
 	$(EARTHFORMER) forecast --forecaster persistence --task $(TASK) --archive $(ARCHIVE) --split test --out $(FORECASTS)/persistence.zarr
 	$(EARTHFORMER) report $(BOTH) --out $(HOME_OF_DEMO)/report.html
 	$(EARTHFORMER) score $(BOTH)
+
+demo-prediff: demo-earthformer
+	$(EARTHFORMER) train autoencoder $(TINY) --run $(RUNS)/autoencoder
+	$(EARTHFORMER) train denoiser $(TINY) --run $(RUNS)/denoiser --autoencoder $(RUNS)/autoencoder
+	$(EARTHFORMER) train alignment $(TINY) --run $(RUNS)/alignment --autoencoder $(RUNS)/autoencoder
+	$(PREDIFF) $(FEW) --members 64 --keep-members --events pipelines/examples/events.yaml --out $(FORECASTS)/prediff.zarr
+	$(EARTHFORMER) forecast --run $(RUN) $(FEW) --out $(FORECASTS)/earthformer-few.zarr
+	$(EARTHFORMER) forecast --forecaster persistence --task $(TASK) $(FEW) --out $(FORECASTS)/persistence-few.zarr
+	$(GUIDED) --deviations 0 --out $(FORECASTS)/mu.zarr
+	$(GUIDED) --deviations 4 --out $(FORECASTS)/mu+4sigma.zarr
+	$(EARTHFORMER) report $(ENSEMBLES) --out $(HOME_OF_DEMO)/ensemble.html
+	$(EARTHFORMER) report $(MU) --out $(HOME_OF_DEMO)/guided.html
+	$(EARTHFORMER) score $(ENSEMBLES)
 
 test: .venv/installed-test
 	$(BIN)/ruff check .

@@ -71,7 +71,7 @@ class AlignmentNetwork(DownPath):
 
         Args:
             z: noisy latents of the target, (B, T, H, W, C).
-            t: steps of the noise schedule, (B,), 0 the least noisy.
+            t: steps of the noise schedule, (B,), or (1,) of all samples; 0 the least noisy.
 
         Raises:
             ValueError: an argument is not of the configured shape, by name.

@@ -256,7 +256,7 @@ class Denoiser(DownPath):
 
         Args:
             z: noisy latents of the target, (B, T_out, H, W, C).
-            t: steps of the noise schedule, (B,), 0 the least noisy.
+            t: steps of the noise schedule, (B,), or (1,) of all samples; 0 the least noisy.
             context_latents: (B, T_in, H, W, C).
             aligned: a condition on the target's frames, (B, T_out, H, W, aligned_channels), if configured.
 

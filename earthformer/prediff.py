@@ -21,6 +21,8 @@ from earthformer.forecasters import Members, Trainable, present, scaled
 from earthformer.prediff_config import AlignmentConfig, AutoencoderConfig, PreDiffConfig
 
 Batch = dict[str, Tensor]
+HIGHEST = 1.2
+"""Scaled log-rate that no forecast exceeds: 250 mm/h by the radar task's scaling."""
 
 
 class FrameAutoencoder(Trainable):
@@ -113,7 +115,11 @@ class Latents(nn.Module):
     def decode(self, latents: Tensor) -> Tensor:
         """Fields (B, T, H, W, C), float32 in the archive's own units, of scaled latents (B, T, h, w, C)."""
         z = latents * self.latent_std if self.normalise else latents
-        return self.scaling.decode(self.autoencoder.decode(z).float())
+        scaled_fields = self.autoencoder.decode(z).float()
+        if self.scaling.kind == "log":
+            # The exponential would make hundreds of millimetres of what overshoots by a little.
+            scaled_fields = scaled_fields.clamp(max=HIGHEST)
+        return self.scaling.decode(scaled_fields)
 
 
 @dataclass(frozen=True)

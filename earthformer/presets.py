@@ -6,6 +6,7 @@ from earthformer.config import (
     Attention,
     EarthformerConfig,
     FeedForward,
+    FieldShape,
     GlobalVectors,
     StemStage,
 )
@@ -79,61 +80,77 @@ EARTHFORMERS: dict[str, EarthformerConfig] = {
 _STEADY = Attention(dropout=0.0, projection_dropout=0.0)
 _STEADY_FFN = FeedForward(dropout=0.0)
 
-_RADAR_AUTOENCODER = AutoencoderConfig(
-    frame=(256, 256, 1),
-    widths=(16, 32, 32, 64),
-    layers=1,
-    latent_channels=8,
-    groups=8,
-    frames_per_window=6,
-    crop=128,
-)
 
-AUTOENCODERS: dict[str, AutoencoderConfig] = {
-    "prediff_radar_256": _RADAR_AUTOENCODER,
-    "prediff_sevir_lr": AutoencoderConfig(frame=(128, 128, 1)),
-    "prediff_sevir_lr_tiny": AutoencoderConfig(
-        frame=(128, 128, 1), widths=(16, 32, 32, 64), layers=1, latent_channels=16, groups=8
-    ),
-}
-DENOISERS: dict[str, PreDiffConfig] = {
-    "prediff_radar_256": PreDiffConfig(
+def _latents(autoencoder: AutoencoderConfig, context: int, target: int) -> tuple[FieldShape, FieldShape]:
+    """(T, H, W, C) of context and target latents."""
+    return (context, *autoencoder.latent), (target, *autoencoder.latent)
+
+
+def _tiny_denoiser(
+    autoencoder: AutoencoderConfig, context: int, target: int, widths: tuple[int, ...], aligned: bool
+) -> PreDiffConfig:
+    """Few data and few steps: it predicts velocity, and is shown the context moved along its motion."""
+    known, made = _latents(autoencoder, context, target)
+    return PreDiffConfig(
         DenoiserConfig(
-            context=(4, 32, 32, 8),
-            target=(12, 32, 32, 8),
-            aligned_channels=8,
-            widths=(32, 64, 96),
-            depth=(1, 1, 1),
+            known,
+            made,
+            aligned_channels=autoencoder.latent_channels if aligned else 0,
+            widths=widths,
+            depth=(1,) * len(widths),
             attention=_STEADY,
             feed_forward=_STEADY_FFN,
             scale_shift=True,
             dropout=0.0,
         ),
         DiffusionConfig(prediction="velocity"),
-        ema_decay=0.998,
-        normalise=True,
-    ),
-    "prediff_sevir_lr": PreDiffConfig(
-        DenoiserConfig(context=(7, 16, 16, 64), target=(6, 16, 16, 64), widths=(256, 512), depth=(4, 4))
-    ),
-    "prediff_sevir_lr_tiny": PreDiffConfig(
-        DenoiserConfig(
-            context=(7, 16, 16, 16),
-            target=(6, 16, 16, 16),
-            widths=(64, 96),
-            depth=(1, 1),
-            attention=_STEADY,
-            feed_forward=_STEADY_FFN,
-            dropout=0.0,
-        ),
         ema_decay=0.995,
         normalise=True,
+    )
+
+
+AUTOENCODERS: dict[str, AutoencoderConfig] = {
+    "prediff_sevir_lr": AutoencoderConfig(frame=(128, 128, 1)),
+    "prediff_sevir_lr_tiny": AutoencoderConfig(
+        frame=(128, 128, 1),
+        widths=(16, 32, 32, 64),
+        layers=1,
+        latent_channels=8,
+        groups=8,
+        frames_per_window=2,
+        crop=64,
+    ),
+    "prediff_radar_256": AutoencoderConfig(
+        frame=(256, 256, 1),
+        widths=(16, 32, 32, 64),
+        layers=1,
+        latent_channels=8,
+        groups=8,
+        frames_per_window=1,
+        crop=128,
+    ),
+    "prediff_enso_tiny": AutoencoderConfig(
+        frame=(24, 48, 1), widths=(16, 32, 32), layers=1, latent_channels=8, groups=8
+    ),
+}
+DENOISERS: dict[str, PreDiffConfig] = {
+    "prediff_sevir_lr": PreDiffConfig(
+        DenoiserConfig(*_latents(AUTOENCODERS["prediff_sevir_lr"], 7, 6), widths=(256, 512), depth=(4, 4))
+    ),
+    "prediff_sevir_lr_tiny": _tiny_denoiser(
+        AUTOENCODERS["prediff_sevir_lr_tiny"], 3, 6, widths=(64, 96), aligned=True
+    ),
+    "prediff_radar_256": _tiny_denoiser(
+        AUTOENCODERS["prediff_radar_256"], 4, 12, widths=(32, 64, 96), aligned=True
+    ),
+    "prediff_enso_tiny": _tiny_denoiser(
+        AUTOENCODERS["prediff_enso_tiny"], 12, 14, widths=(64, 96), aligned=False
     ),
 }
 ALIGNMENTS: dict[str, AlignmentConfig] = {
     "prediff_sevir_lr": AlignmentConfig(target=(6, 16, 16, 64), widths=(128, 256), depth=(1, 1)),
     "prediff_sevir_lr_tiny": AlignmentConfig(
-        target=(6, 16, 16, 16),
+        target=(6, 16, 16, 8),
         widths=(64, 96),
         depth=(1, 1),
         attention=_STEADY,

@@ -1,8 +1,8 @@
 """Forecasters that nobody trains: persistence, optical flow, flow with displacement, and the STEPS ensemble.
 
 Persistence and extrapolation are deterministic (one member); displaced and steps are ensembles, in which a
-seed decides its member by itself. All but persistence need pysteps, an optional extra, and a task whose
-fields move.
+seed decides its member by itself. All but persistence need a task whose fields move; extrapolation and steps
+need pysteps as well, an optional extra.
 
 Pixels that are missing in the context's last frame are NaN in every forecast frame; elsewhere what is
 missing counts as 0, as for the networks. What flows in over the border is the border's nearest pixel.
@@ -71,6 +71,9 @@ _FIELDS = {
 class _Moving(nn.Module):
     """What the three forecasters along the optical flow share."""
 
+    needs: tuple[tuple[str, str], ...] = (("pysteps", "pysteps"), ("cv2", "OpenCV"))
+    """Modules, and what they are called."""
+
     def __init__(self, task: Task) -> None:
         """Bind a task.
 
@@ -84,19 +87,11 @@ class _Moving(nn.Module):
             raise InputError(f"task {task.name} has no optical flow: needed one of {', '.join(moving)}")
         if task.context < FRAMES:
             raise InputError(f"task.context is {task.context}: optical flow needs {FRAMES} frames")
-        for module, name in (("pysteps", "pysteps"), ("cv2", "OpenCV")):
+        for module, name in self.needs:
             if find_spec(module) is None:
                 raise InputError(f"{name} is not installed: needed `pip install earthformer-ray[steps]`")
         self.task = task
         self.field = _FIELDS[task.archive]
-
-    def loss(self, batch: dict[str, Tensor]) -> Tensor:
-        """Nothing is trained.
-
-        Raises:
-            TypeError: always.
-        """
-        raise TypeError(f"{type(self).__name__} has nothing to train")
 
     def forecast(self, context: Tensor, seeds: Tensor) -> Tensor:
         """Members (B, M, T_out, H, W, C), float32 in the units of `context` (B, T_in, H, W, C).
@@ -135,11 +130,16 @@ class Extrapolation(_Moving):
 
 
 class Displaced(_Moving):
-    """The extrapolation, each member drifting off it at a velocity of its own.
+    """The last frame carried along the flow of `motion`, each member drifting off at a velocity of its own.
 
     Frame k of a member is shifted by k times one draw, Gaussian with a deviation of SPREAD pixels in x and
     in y: an error of the motion, which grows in proportion to lead time.
     """
+
+    needs = ()
+
+    def _flow(self, frames: Tensor) -> Tensor:
+        return motion.flow(self.task.scaling.encode(frames))
 
     def _members(self, frames: Tensor, seeds: Tensor) -> Tensor:
         paths = motion.trajectories(self._flow(frames), self.task.target)

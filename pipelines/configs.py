@@ -125,9 +125,13 @@ TRAINING: dict[tuple[str, str], Training] = {
         _TINY, batch_size=4, micro_batch=4, augment=True
     ),
     ("denoiser", "prediff_radar_256"): dataclasses.replace(_TINY, epochs=12, latent_versions=4),
-    ("autoencoder", "prediff_sevir_lr_tiny"): dataclasses.replace(_TINY, epochs=8, augment=True),
-    ("denoiser", "prediff_sevir_lr_tiny"): dataclasses.replace(_TINY, epochs=16, latent_versions=1),
-    ("alignment", "prediff_sevir_lr_tiny"): dataclasses.replace(_TINY, epochs=4),
+    ("autoencoder", "prediff_sevir_lr_tiny"): dataclasses.replace(
+        _TINY, epochs=20, validate_every=10, augment=True
+    ),
+    ("denoiser", "prediff_sevir_lr_tiny"): dataclasses.replace(_TINY, latent_versions=1, validate_every=5),
+    ("alignment", "prediff_sevir_lr_tiny"): dataclasses.replace(_TINY, epochs=4, validate_every=2),
+    ("autoencoder", "prediff_enso_tiny"): _TINY,
+    ("denoiser", "prediff_enso_tiny"): dataclasses.replace(_TINY, latent_versions=1),
 }
 """How each trainable's presets are trained; those not named here as Earthformer for SEVIR was published."""
 

@@ -243,6 +243,7 @@ def plan(
     else:
         run = engine.absolute(forecaster)
         trained = runs.open_run(run)
+        trained.check_forecasts()
         if task is not None:
             raise InputError(
                 f"{run} was trained for task {trained.config.task.name}: baselines alone take another"
@@ -253,6 +254,7 @@ def plan(
     if diffusion:
         assert trained is not None
         drawing = _checked(drawing or Drawing(), trained)
+        name += f" μ{drawing.deviations:+g}σ" if drawing.alignment is not None else ""
     elif drawing is not None:
         raise InputError(
             f"{name} draws no members by diffusion: needed a denoiser's run for --sampler and the like"
@@ -271,12 +273,7 @@ def plan(
     return planned
 
 
-_NAMES = {
-    "earthformer": "earthformer",
-    "denoiser": "prediff",
-    "autoencoder": "autoencoder",
-    "alignment": "alignment",
-}
+_NAMES = {"earthformer": "earthformer", "denoiser": "prediff"}
 
 
 def grid_shape(task: Task, archive: Archive, keys: Sequence[Window]) -> tuple[int, int]:

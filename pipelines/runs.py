@@ -111,6 +111,17 @@ class Run:
         """Identifies configuration and weights; every forecast carries it."""
         return str(self.record["run_hash"])
 
+    def check_forecasts(self) -> None:
+        """
+        Raises:
+            InputError: the run is of a network that makes no forecasts.
+        """
+        if self.config.trainable not in configs.FORECASTERS:
+            raise InputError(
+                f"{self.url} is a run of {self.config.trainable}, which makes no forecasts: needed one of "
+                + " or ".join(configs.FORECASTERS)
+            )
+
     def module(self) -> Trainable:
         """What was trained, with its best weights, in eval mode.
 
@@ -134,11 +145,7 @@ class Run:
             InputError: the run is of a network that makes no forecasts; the weights are absent, damaged or of
                 another model.
         """
-        if self.config.trainable not in configs.FORECASTERS:
-            raise InputError(
-                f"{self.url} is a run of {self.config.trainable}, which makes no forecasts: needed one of "
-                + " or ".join(configs.FORECASTERS)
-            )
+        self.check_forecasts()
         module = self.module()
         if isinstance(module, EarthformerForecaster):
             module.network = module.network.fuse()

@@ -11,7 +11,7 @@ from reference_config import put_bugs_back
 from reference_prediff import reference_denoiser, weights_of
 
 from earthformer.checkpoints import load_weights
-from earthformer.config import GlobalVectors
+from earthformer.config import Attention, FeedForward, GlobalVectors
 from earthformer.denoiser import Denoiser, ResidualBlock, TimeEmbedding, sinusoid
 from earthformer.prediff_config import DenoiserConfig
 from earthformer.presets import DENOISERS
@@ -30,8 +30,8 @@ SMALL = DenoiserConfig(
     widths=(64, 96),
     depth=(2, 1),
     dropout=0.0,
-    attention=DENOISERS["prediff_sevir_lr_tiny"].denoiser.attention,
-    feed_forward=DENOISERS["prediff_sevir_lr_tiny"].denoiser.feed_forward,
+    attention=Attention(dropout=0.0, projection_dropout=0.0),
+    feed_forward=FeedForward(dropout=0.0),
 )
 
 
@@ -48,10 +48,11 @@ def scrambled(model):
     return model.eval()
 
 
-def inputs(config, batch, aligned=False):
+def inputs(config, batch):
+    """Latents, steps, context and, where it is configured, the aligned condition."""
     generator = torch.Generator().manual_seed(2)
     shapes = [config.target, config.context]
-    if aligned:
+    if config.aligned_channels:
         shapes.append((*config.target[:3], config.aligned_channels))
     z, context, *condition = (torch.randn(batch, *shape, generator=generator) for shape in shapes)
     return (z, torch.arange(batch) * 37 + 5, context, *condition)
@@ -108,7 +109,7 @@ def test_residual_blocks_match_the_original(parity, name, block):
 @pytest.mark.parametrize("aligned_channels", [0, 3])
 def test_an_untrained_network_gives_nothing(aligned_channels):
     config = dataclasses.replace(SMALL, aligned_channels=aligned_channels)
-    assert not Denoiser(config)(*inputs(config, 2, aligned_channels > 0)).any()
+    assert not Denoiser(config)(*inputs(config, 2)).any()
 
 
 def test_what_each_stack_and_block_adds_starts_from_nothing():
@@ -124,26 +125,33 @@ def test_what_each_stack_and_block_adds_starts_from_nothing():
     assert qkv.std().item() == pytest.approx(96**-0.5, rel=0.03)
 
 
-@pytest.mark.parametrize("name", ["prediff_sevir_lr_tiny", "small"])
-def test_a_sample_is_the_same_whatever_its_batch(name):
-    config = DENOISERS[name].denoiser if name in DENOISERS else SMALL
+@pytest.mark.parametrize("config", [DENOISERS["prediff_sevir_lr_tiny"].denoiser, SMALL])
+def test_a_sample_is_the_same_whatever_its_batch(config):
     torch.manual_seed(0)
     model = scrambled(Denoiser(config))
-    z, t, context = inputs(config, 3)
+    fields = inputs(config, 3)
     with torch.inference_mode():
-        together = model(z, t, context)
-        alone = torch.cat([model(z[i : i + 1], t[i : i + 1], context[i : i + 1]) for i in range(3)])
+        together = model(*fields)
+        alone = torch.cat([model(*(x[i : i + 1] for x in fields)) for i in range(3)])
         order = [2, 0, 1]
-        turned = model(z[order], t[order], context[order])
+        turned = model(*(x[order] for x in fields))
     near(together, alone)
     near(turned, together[order])
+
+
+def test_one_step_may_stand_for_that_of_all_samples():
+    torch.manual_seed(0)
+    model = scrambled(Denoiser(SMALL))
+    z, _, context = inputs(SMALL, 2)
+    with torch.inference_mode():
+        near(model(z, torch.tensor([7]), context), model(z, torch.tensor([7, 7]), context))
 
 
 def test_step_context_and_condition_count():
     config = dataclasses.replace(SMALL, aligned_channels=2)
     torch.manual_seed(0)
     model = scrambled(Denoiser(config)).double()
-    z, t, context, aligned = (x.double() if x.is_floating_point() else x for x in inputs(config, 2, True))
+    z, t, context, aligned = (x.double() if x.is_floating_point() else x for x in inputs(config, 2))
     with torch.inference_mode():
         base = model(z, t, context, aligned)
         for other in (
@@ -156,7 +164,7 @@ def test_step_context_and_condition_count():
 
 def test_the_condition_enters_as_channels_of_the_target_alone():
     config = dataclasses.replace(SMALL, aligned_channels=3)
-    z, t, context, aligned = inputs(config, 2, True)
+    z, t, context, aligned = inputs(config, 2)
     x = Denoiser(config).assemble(z, t, context, aligned)
     assert x.shape == (2, 5, 6, 5, 8)
     assert torch.equal(x[:, :3, ..., :4], context)
@@ -173,7 +181,7 @@ def test_gradients_reach_every_parameter(options):
     torch.manual_seed(0)
     model = scrambled(Denoiser(config)).train()
     exact = copy.deepcopy(model).double()
-    fields = inputs(config, 2, config.aligned_channels > 0)
+    fields = inputs(config, 2)
     model(*fields).square().sum().backward()
     exact(*(x.double() for x in fields)).square().sum().backward()
     needed = dict(exact.named_parameters())
@@ -199,22 +207,22 @@ def test_bfloat16_stays_near():
     config = DENOISERS["prediff_sevir_lr_tiny"].denoiser
     torch.manual_seed(0)
     model = scrambled(Denoiser(config))
-    z, t, context = inputs(config, 1)
+    fields = inputs(config, 1)
     with torch.inference_mode():
-        exact = model(z, t, context)
+        exact = model(*fields)
         with torch.autocast("cpu", torch.bfloat16):
-            rough = model(z, t, context)
+            rough = model(*fields)
     assert (rough - exact).abs().max() < 0.05 * exact.abs().max()
 
 
 def test_every_misshapen_argument_is_named():
     config = dataclasses.replace(SMALL, aligned_channels=2)
     model, plain = Denoiser(config), Denoiser(SMALL)
-    z, t, context, aligned = inputs(config, 2, True)
+    z, t, context, aligned = inputs(config, 2)
     for arguments, message in (
         ((z[:, :1], t, context, aligned), r"z has shape \(2, 1, 6, 5, 4\): needed \(B, 2, 6, 5, 4\)"),
         ((z[0], t, context, aligned), r"z has shape \(2, 6, 5, 4\): needed \(B, 2, 6, 5, 4\)"),
-        ((z, t[:1], context, aligned), r"t has shape \(1,\): needed \(2\)"),
+        ((z, t.repeat(2), context, aligned), r"t has shape \(4,\): needed \(2\)"),
         ((z, t[0], context, aligned), r"t has shape \(\): needed \(2\)"),
         ((z, t, context[:1], aligned), r"context_latents has shape \(1, .*: needed \(2, 3, 6, 5, 4\)"),
         ((z, t, z, aligned), r"context_latents has shape \(2, 2, .*: needed \(2, 3, 6, 5, 4\)"),

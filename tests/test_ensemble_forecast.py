@@ -1,0 +1,285 @@
+"""Ensembles through the forecast stage: members depend on nothing but their seed, and are reduced."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+import xarray as xr
+from tiny_prediff import trained
+
+from earthformer.forecasters import members_of
+from pipelines import cli, runs, windows
+from pipelines.archives import store, synthetic
+from pipelines.errors import InputError
+from pipelines.events import parse_events
+from pipelines.forecast import Drawing, Ensemble, forecast, member_seeds, plan
+from pipelines.prepare import prepare
+
+EVENTS = parse_events(
+    [
+        {"name": "rain", "variable": "vil", "threshold": 60, "units": "1"},
+        {
+            "name": "near",
+            "variable": "vil",
+            "threshold": 60,
+            "units": "1",
+            "radius": 6,
+            "lead_time": [10, 10],
+        },
+        {"name": "impossible", "variable": "vil", "threshold": 1e6, "units": "1"},
+    ],
+    "test",
+)
+QUICK = Drawing(sampler="dpm++", steps=3)
+
+
+@pytest.fixture(scope="module")
+def archive(tmp_path_factory, ray_cluster) -> str:
+    folder = tmp_path_factory.mktemp("ensembles")
+    synthetic.write_sevir(folder / "raw", events=10, seed=1, size=144)
+    prepare("sevir-lr", str(folder / "raw"), str(folder / "archive.zarr"), progress=False)
+    return str(folder / "archive.zarr")
+
+
+@pytest.fixture(scope="module")
+def trainings(tmp_path_factory, archive) -> dict[str, str]:
+    """Runs by trainable."""
+    folder = tmp_path_factory.mktemp("trainings")
+    autoencoder = trained("autoencoder", archive, str(folder / "autoencoder"))
+    on_it = {
+        name: trained(name, archive, str(folder / name), autoencoder) for name in ("denoiser", "alignment")
+    }
+    return {"autoencoder": autoencoder, **on_it}
+
+
+def planned(trainings, archive, members=6, drawing=QUICK, keep=True, limit=3, **ensemble):
+    asked = Ensemble(members=members, keep_members=keep, events=EVENTS, **ensemble)
+    return plan(trainings["denoiser"], archive, "test", limit=limit, ensemble=asked, drawing=drawing)
+
+
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory, trainings, archive) -> str:
+    """An ensemble of six, kept, by batches of four."""
+    url = str(tmp_path_factory.mktemp("kept") / "forecast.zarr")
+    forecast(planned(trainings, archive, quantiles=(0.1, 0.5)), url, batch_size=4, progress=False)
+    return url
+
+
+def test_moments_quantiles_and_probabilities_are_those_of_the_members(kept):
+    found = xr.open_zarr(kept).load()
+    vil = found["vil"]
+    assert vil.dims == ("window", "member", "lead_time", "y", "x")
+    assert (vil.std("member") > 0).any()
+    np.testing.assert_allclose(found["vil_mean"], vil.mean("member"), rtol=1e-4, atol=1e-3)
+    np.testing.assert_allclose(found["vil_stdev"], vil.std("member", ddof=1), rtol=1e-3, atol=1e-2)
+    np.testing.assert_allclose(
+        found["vil_quantile"],
+        vil.quantile([0.1, 0.5], "member").transpose("window", ...),
+        rtol=1e-4,
+        atol=1e-3,
+    )
+    assert found["event"].values.tolist() == ["rain", "near", "impossible"]
+    rain = (vil >= 60).any("lead_time").mean("member")
+    np.testing.assert_allclose(found["probability"].sel(event="rain"), rain, atol=1e-6)
+    assert (found["probability"].sel(event="near") >= (vil[:, :, 0] >= 60).mean("member") - 1e-6).all()
+    assert not found["probability"].sel(event="impossible").any()
+    assert (found["ci_low"] <= found["probability"]).all()
+    assert (found["ci_high"] >= found["probability"]).all()
+    assert found["n_members"].values.tolist() == [6, 6]
+    assert not found["failed_members"].any()
+    np.testing.assert_allclose(found["smallest_resolvable"], 1 / 6, rtol=1e-6)
+    assert found["threshold"].attrs["units"] == "1"
+    assert found.attrs["sampler"] == "dpm++"
+    assert found.attrs["sampler_steps"] == 3
+    assert store.validate(kept) == []
+
+
+def test_members_are_the_forecasters_own(kept, trainings, archive):
+    asked = planned(trainings, archive)
+    forecaster, key = asked.load(), asked.keys[1]
+    context = torch.from_numpy(windows.read(asked.task, asked.archive, [key])["context"])
+    seeds = member_seeds(0, [key], 6)
+    parts = [part.fields[0, ..., 0] for part in members_of(forecaster, context, seeds, 4)]
+    stored = xr.open_zarr(kept)["vil"][1].values
+    np.testing.assert_allclose(torch.cat(parts).numpy(), stored, rtol=1e-3, atol=1e-2)
+
+
+def test_a_member_is_the_same_whatever_it_is_made_with(kept, trainings, archive, tmp_path):
+    whole = xr.open_zarr(kept)["vil"].values
+    forecast(
+        planned(trainings, archive, members=3, limit=2),
+        str(tmp_path / "few.zarr"),
+        batch_size=2,
+        progress=False,
+    )
+    few = xr.open_zarr(str(tmp_path / "few.zarr"))["vil"].values
+    np.testing.assert_allclose(few, whole[:2, :3], rtol=1e-3, atol=1e-2)
+
+
+def test_two_replicas_make_the_same_ensemble_to_the_bit(trainings, archive, tmp_path):
+    # Each of two replicas has one thread; a forecast by one of them has them all, and rounds in its own way.
+    asked, urls = planned(trainings, archive), [str(tmp_path / name) for name in ("a.zarr", "b.zarr")]
+    for url in urls:
+        forecast(asked, url, batch_size=4, workers=2, progress=False)
+    one, other = (xr.open_zarr(url).load() for url in urls)
+    xr.testing.assert_identical(one, other)
+
+
+def test_a_forecast_cut_short_goes_on_with_the_same_members(kept, trainings, archive, tmp_path):
+    url = str(tmp_path / "cut.zarr")
+    asked = planned(trainings, archive, quantiles=(0.1, 0.5))
+    forecast(asked, url, batch_size=4, progress=False)
+    fs, path = store.filesystem(url)
+    for name in (
+        "records/complete.json",
+        *(
+            f"records/{n}"
+            for n in (f.rsplit("/", 1)[1] for f in fs.ls(f"{path}/records", detail=False))
+            if "1" in n
+        ),
+    ):
+        if fs.exists(f"{path}/{name}"):
+            fs.rm_file(f"{path}/{name}")
+    done = forecast(asked, url, batch_size=4, progress=False)
+    assert 1 <= done.written < 3
+    assert done.drawn == (6,) * done.written
+    np.testing.assert_array_equal(xr.open_zarr(url)["vil"].values, xr.open_zarr(kept)["vil"].values)
+
+
+def test_members_are_written_only_when_asked(kept, trainings, archive, tmp_path):
+    url = str(tmp_path / "reduced.zarr")
+    forecast(planned(trainings, archive, keep=False), url, batch_size=4, progress=False)
+    found, whole = xr.open_zarr(url), xr.open_zarr(kept)
+    assert "vil" not in found
+    for name in ("vil_mean", "vil_stdev", "probability", "ci_low", "ci_high"):
+        np.testing.assert_array_equal(found[name].values, whole[name].values)
+
+
+def test_members_are_drawn_until_the_intervals_are_narrow(trainings, archive, tmp_path):
+    def drawn(until, events):
+        asked = Ensemble(members=40, until_ci=until, events=events)
+        url = str(tmp_path / f"{until}.zarr")
+        one = plan(trainings["denoiser"], archive, "test", limit=1, ensemble=asked, drawing=QUICK)
+        done = forecast(one, url, batch_size=4, progress=False)
+        found = xr.open_zarr(url)
+        assert found["n_members"].values.tolist() == list(done.drawn)
+        half = (found["ci_high"] - found["ci_low"]).max() / 2
+        return done.drawn[0], float(half)
+
+    never = [event for event in EVENTS if event.name == "impossible"]
+    count, half = drawn(0.1, tuple(never))
+    assert 4 < count < 40
+    assert count % 4 == 0
+    assert half <= 0.1
+    assert drawn(0.01, tuple(never))[0] == 40
+
+
+def test_a_guided_forecast_reports_what_was_asked_and_what_came(trainings, archive, tmp_path):
+    url = str(tmp_path / "guided.zarr")
+    guided = dataclasses.replace(QUICK, alignment=trainings["alignment"], deviations=4.0)
+    asked = planned(trainings, archive, drawing=guided, limit=2)
+    forecast(asked, url, batch_size=4, progress=False)
+    found = xr.open_zarr(url).load()
+    mean = found["vil"].mean(("lead_time", "y", "x")) / 255
+    np.testing.assert_allclose(found["functional_achieved"], mean, rtol=1e-3, atol=1e-4)
+    constraint = runs.open_run(trainings["alignment"]).module()
+    context = windows.read(asked.task, asked.archive, asked.keys)["context"]
+    level = constraint.request(torch.from_numpy(context), 4.0)
+    np.testing.assert_allclose(found["functional_requested"], level, rtol=1e-4)
+    assert found.attrs["deviations"] == 4.0
+
+
+@pytest.mark.parametrize("name", ["displaced", "steps"])
+def test_other_ensembles_go_the_same_way(name, trainings, archive, tmp_path):
+    task = runs.open_run(trainings["denoiser"]).config.task
+    ensemble = Ensemble(members=3, keep_members=True, events=EVENTS)
+    url = str(tmp_path / "forecast.zarr")
+    forecast(
+        plan(name, archive, "test", task=task, limit=1, ensemble=ensemble), url, batch_size=2, progress=False
+    )
+    found = xr.open_zarr(url).load()
+    np.testing.assert_allclose(found["vil_mean"], found["vil"].mean("member"), rtol=1e-4, atol=1e-3)
+    assert found.attrs["forecaster"] == name
+
+
+@pytest.mark.parametrize(
+    ("ensemble", "message"),
+    [
+        ({"members": 0}, "members is 0: needed 1 to 10000"),
+        ({"members": 10**9}, "members is 1000000000: needed 1 to 10000"),
+        ({"members": 4, "quantiles": (1.5,)}, "quantiles is .*: needed fractions from 0 to 1"),
+        ({"members": 4, "until_ci": 0.05}, "until-ci is 0.05: needed --events"),
+        ({"members": 4, "until_ci": 0.7, "events": EVENTS}, "until-ci is 0.7: needed a half-width"),
+        ({"members": 1, "events": EVENTS}, "members is 1: needed 2 or more for events"),
+    ],
+)
+def test_impossible_ensembles_are_refused(ensemble, message):
+    with pytest.raises(InputError, match=message):
+        Ensemble(**ensemble)
+
+
+@pytest.mark.parametrize(
+    ("drawing", "message"),
+    [
+        ({"sampler": "dpm+"}, r"sampler is 'dpm\+': needed one of .*the nearest is dpm\+\+"),
+        ({"steps": 0}, "steps is 0"),
+        ({"steps": 1001}, "steps is 1001"),
+        ({"alignment": "denoiser"}, "is a run of denoiser: needed one of alignment"),
+    ],
+)
+def test_impossible_drawings_are_refused(drawing, message, trainings, archive):
+    if "alignment" in drawing:
+        drawing = {"alignment": trainings[drawing["alignment"]]}
+    with pytest.raises(InputError, match=message):
+        planned(trainings, archive, drawing=dataclasses.replace(QUICK, **drawing))
+
+
+@pytest.mark.parametrize(
+    ("event", "message"),
+    [
+        ({"units": "K"}, "units|unit"),
+        ({"lead_time": [10, 90]}, "lead"),
+        ({"region": {"box": [0, 0, 1, 1]}}, "region"),
+        ({"variable": "rate"}, "variable 'rate' is unknown"),
+    ],
+)
+def test_events_that_do_not_fit_are_refused_before_anything_is_made(event, message, trainings, archive):
+    asked = parse_events([{"name": "e", "variable": "vil", "threshold": 60, "units": "1", **event}], "test")
+    with pytest.raises(InputError, match=message):
+        plan(
+            trainings["denoiser"], archive, "test", ensemble=Ensemble(members=2, events=asked), drawing=QUICK
+        )
+
+
+def test_what_is_not_meant_for_a_forecaster_is_refused(trainings, archive):
+    task = runs.open_run(trainings["denoiser"]).config.task
+    several = Ensemble(members=4)
+    with pytest.raises(InputError, match="4 members asked of persistence, which is deterministic"):
+        plan("persistence", archive, "test", task=task, ensemble=several)
+    with pytest.raises(InputError, match="displaced draws no members by diffusion"):
+        plan("displaced", archive, "test", task=task, ensemble=several, drawing=QUICK)
+    with pytest.raises(InputError, match="is a run of autoencoder, which makes no forecasts"):
+        plan(trainings["autoencoder"], archive, "test")
+
+
+def test_the_command_refuses_in_one_line(capsys, monkeypatch, trainings, archive, tmp_path):
+    where = ["--archive", archive, "--out", str(tmp_path / "f.zarr")]
+    for arguments, message in (
+        ([], "needed either --run URL or --forecaster NAME"),
+        (["--run", "a", "--forecaster", "steps"], "needed either --run URL or --forecaster NAME"),
+        (
+            ["--forecaster", "stepps", "--task", "radar"],
+            "forecaster 'stepps' is unknown: the nearest is 'steps'",
+        ),
+        (["--run", trainings["denoiser"], "--quantiles", "a"], "quantiles 'a': needed numbers"),
+        (["--run", trainings["denoiser"], "--max-members", "9"], "--max-members 9 is for --until-ci"),
+    ):
+        monkeypatch.setattr("sys.argv", ["earthformer", "forecast", *where, *arguments])
+        with pytest.raises(SystemExit) as left:
+            cli.main()
+        assert left.value.code == 2
+        err = capsys.readouterr().err
+        assert message in err
+        assert err.count("\n") == 1
+    assert not (tmp_path / "f.zarr").exists()
