@@ -82,40 +82,40 @@ class Latents(nn.Module):
         self.register_buffer("latent_std", torch.ones(config.latent_channels))
 
     @torch.no_grad()
-    def encode_batch(self, batch: Batch, context_frames: int, aligned: bool) -> Batch:
-        """`context_latents`, `target_mean`, `target_logvar` and, if asked, `aligned`: (B, T, h, w, C)."""
-        if "target_mean" in batch:
-            return {name: latents.float() for name, latents in batch.items()}
-        frames = scaled(batch["target"], self.scaling)
-        condition = self.condition(batch["context"], context_frames, frames.shape[1], aligned)
-        return {**self.of_target(frames), **condition}
-
-    @torch.no_grad()
     def of_target(self, frames: Tensor) -> Batch:
         """`target_mean` and `target_logvar` (B, T, h, w, C) of scaled frames (B, T, H, W, C)."""
         mean, logvar = self.autoencoder.encode(frames)
         return {"target_mean": mean, "target_logvar": logvar}
 
     @torch.no_grad()
-    def condition(self, context: Tensor, frames: int, target_frames: int, aligned: bool) -> Batch:
-        """Latents of a context's last `frames` (B, T, H, W, C) and, if asked, of its motion's forecast."""
+    def of_context(self, context: Tensor, frames: int) -> Tensor:
+        """Latents (B, frames, h, w, C) of the last frames of a context (B, T, H, W, C)."""
+        mean, _ = self.autoencoder.encode(scaled(context[:, -frames:], self.scaling))
+        return mean
+
+    @torch.no_grad()
+    def moved(self, context: Tensor, frames: int) -> Tensor:
+        """The last frame of a context (B, T, H, W, C), scaled, along its motion: (B, frames, H, W, C)."""
         field = scaled(context, self.scaling)
-        mean, _ = self.autoencoder.encode(field[:, -frames:])
-        found = {"context_latents": mean}
-        if aligned:
-            moved = motion.advect(field[:, -1], motion.flow(field[..., 0]), target_frames)
-            found["aligned"], _ = self.autoencoder.encode(moved)
-        return found
+        return motion.advect(field[:, -1], motion.flow(field[..., 0]), frames)
+
+    @torch.no_grad()
+    def lost(self, frames: Tensor, latents: Tensor) -> Tensor:
+        """What their latents (B, T, h, w, C) do not tell of scaled frames (B, T, H, W, C)."""
+        return frames - self.autoencoder.decode(latents).float()
 
     def posterior(self, batch: Batch, noise: Tensor) -> Tensor:
         """A draw of the target's latents (B, T, h, w, C), scaled."""
         z0 = posterior_sample(batch["target_mean"], batch["target_logvar"], noise)
         return z0 / self.latent_std if self.normalise else z0
 
-    def decode(self, latents: Tensor) -> Tensor:
-        """Fields (B, T, H, W, C), float32 in the archive's own units, of scaled latents (B, T, h, w, C)."""
+    def decode(self, latents: Tensor, detail: Tensor | float = 0.0) -> Tensor:
+        """Fields (B, T, H, W, C), float32 in the archive's own units, of scaled latents (B, T, h, w, C).
+
+        `detail` is added on the scaled fields.
+        """
         z = latents * self.latent_std if self.normalise else latents
-        scaled_fields = self.autoencoder.decode(z).float()
+        scaled_fields = self.autoencoder.decode(z).float() + detail
         if self.scaling.kind == "log":
             # The exponential would make hundreds of millimetres of what overshoots by a little.
             scaled_fields = scaled_fields.clamp(max=HIGHEST)
@@ -164,6 +164,11 @@ class PreDiff(Trainable):
         self.logvar = nn.Parameter(
             torch.zeros(config.diffusion.timesteps), requires_grad=config.diffusion.learn_logvar
         )
+        frames = config.denoiser.target[0]
+        self.detail_cross: Tensor
+        self.detail_power: Tensor
+        self.register_buffer("detail_cross", torch.zeros(frames, dtype=torch.float64))
+        self.register_buffer("detail_power", torch.zeros(frames, dtype=torch.float64))
         self.sampling = Sampling()
         self.guide: Guide | None = None
 
@@ -171,8 +176,21 @@ class PreDiff(Trainable):
 
     def encode(self, batch: Batch) -> Batch:
         """A batch of fields as latents; one of latents as it is."""
+        if "target_mean" in batch:
+            return {name: latents.float() for name, latents in batch.items()}
+        target = self.latents.of_target(scaled(batch["target"], self.latents.scaling))
+        return {**target, **self.condition(batch["context"])}
+
+    @torch.no_grad()
+    def condition(self, context: Tensor) -> Batch:
+        """`context_latents` and, if configured, `aligned` (B, T, h, w, C) of a context (B, T, H, W, C)."""
         shape = self.config.denoiser
-        return self.latents.encode_batch(batch, shape.context[0], shape.aligned_channels > 0)
+        found = {"context_latents": self.latents.of_context(context, shape.context[0])}
+        if shape.aligned_channels:
+            found["aligned"], _ = self.latents.autoencoder.encode(
+                self.latents.moved(context, shape.target[0])
+            )
+        return found
 
     def loss(self, batch: Batch, step: int = 0) -> Tensor:
         """The loss (PreDiff, Eq. 4; Ho et al., 2020), a scalar, with t and noise drawn anew."""
@@ -191,6 +209,8 @@ class PreDiff(Trainable):
         """Error of the EMA weights' prediction (B,), of t and noise that each window's seed decides."""
         latents = self.encode(batch)
         mean = latents["target_mean"]
+        if self.config.detail:
+            self._weigh_detail(batch, latents)
         t, noise = seeded(seeds, self.config.diffusion.timesteps, mean)
         return self._terms(self.ema.module, latents, t, torch.zeros_like(mean), noise).simple
 
@@ -203,6 +223,20 @@ class PreDiff(Trainable):
         )
         return self.diffusion.loss_terms(predicted, z0, noise, t, self.logvar)
 
+    def _weigh_detail(self, batch: Batch, latents: Batch) -> None:
+        """Take in how much of the detail lost of the moved context is found in what is lost of the target."""
+        lost = self.latents.lost(scaled(batch["target"], self.latents.scaling), latents["target_mean"])
+        moved = self.latents.moved(batch["context"], lost.shape[1])
+        detail = self.latents.lost(moved, latents["aligned"])
+        self.detail_cross += (lost * detail).double().sum((0, 2, 3, 4))
+        self.detail_power += detail.double().square().sum((0, 2, 3, 4))
+
+    def _detail(self, context: Tensor, condition: Batch) -> Tensor:
+        """What to add to scaled members, (B, T, H, W, C)."""
+        detail = self.latents.lost(self.latents.moved(context, len(self.detail_power)), condition["aligned"])
+        weight = (self.detail_cross / self.detail_power.clamp_min(1e-12)).clamp(0, 1)
+        return weight.float()[:, None, None, None] * detail
+
     # ------------------------------------------------------------------------------------- forecasts
 
     def members(self, context: Tensor, seeds: Tensor, batch: int) -> Iterator[Members]:
@@ -211,21 +245,18 @@ class PreDiff(Trainable):
         The context is encoded once. A member is the same whatever it is batched with, up to float rounding.
         Missing pixels are as if nothing were there; all members of a context without any pixel are NaN.
         """
-        shape = self.config.denoiser
-        condition = self.latents.condition(
-            context, shape.context[0], shape.target[0], shape.aligned_channels > 0
-        )
-        requested = None
+        condition, requested = self.condition(context), None
+        detail = self._detail(context, condition) if self.config.detail else torch.zeros(())
         if self.guide is not None:
             requested = self.guide.constraint.request(context, self.guide.deviations)
         for first in range(0, seeds.shape[1], batch):
-            some = self._some(condition, seeds[:, first : first + batch], requested)
+            some = self._some(condition, seeds[:, first : first + batch], requested, detail)
             if not present(context).any():
                 some.fields.fill_(torch.nan)
             yield some
 
     @torch.no_grad()
-    def _some(self, condition: Batch, seeds: Tensor, requested: Tensor | None) -> Members:
+    def _some(self, condition: Batch, seeds: Tensor, requested: Tensor | None, detail: Tensor) -> Members:
         b, m = seeds.shape
         repeated = {name: latents.repeat_interleave(m, 0) for name, latents in condition.items()}
         autocast = torch.autocast(
@@ -254,7 +285,7 @@ class PreDiff(Trainable):
             self.sampling.steps,
             guide=guide,
         )
-        fields = torch.cat([self.latents.decode(z[None]) for z in drawn.latents])
+        fields = torch.cat([self.latents.decode(z[None], detail) for z in drawn.latents])
         achieved = None
         if self.guide is not None:
             seen = self.latents.scaling.encode(fields)

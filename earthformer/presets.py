@@ -106,6 +106,7 @@ def _tiny_denoiser(
         DiffusionConfig(prediction="velocity"),
         ema_decay=0.995,
         normalise=True,
+        detail=aligned,
     )
 
 

@@ -1,8 +1,8 @@
 """Windows as latents, encoded once before training: what trains on latents need not encode at every step.
 
-RUN/latents/train.zarr and val.zarr: `(window, version, frame, y, x, channel)`, float16. Version 0 is the
-window as it is, the others are it turned and mirrored. They are made by replicas of the autoencoder, shard
-by shard, resumable like a forecast.
+RUN/latents.zarr: `(window, version, frame, y, x, channel)`, float16. Version 0 is the window as it is, the
+others are it turned and mirrored. They are made by replicas of the autoencoder, shard by shard, resumable
+like a forecast.
 """
 
 import math
@@ -33,9 +33,9 @@ def stored(config: configs.Config) -> bool:
     return config.trainable == "denoiser" and config.training.latent_versions > 0
 
 
-def store_of(run: str, split: str) -> str:
-    """URL of a split's latents."""
-    return f"{run}/latents/{split}.zarr"
+def store_of(run: str) -> str:
+    """URL of a run's latents."""
+    return f"{run}/latents.zarr"
 
 
 def turned(field: Tensor, turn: int) -> Tensor:
@@ -69,25 +69,29 @@ def load_autoencoder(trainable: nn.Module, run: str) -> None:
 def encode(
     config: configs.Config, archive: Archive, run: str, *, workers: int, gpu: bool, progress: bool
 ) -> None:
-    """Encode the train and val windows of a run; what is there stays.
+    """Encode the training windows of a run; what is there stays.
 
     Raises:
-        InputError: the folder holds something else; no autoencoder.
+        InputError: the folder holds something else.
     """
-    for split in ("train", "val"):
-        keys = windows.enumerate_windows(config.task, archive, split)
-        versions = config.training.latent_versions if split == "train" else 1
-        url, shards = store_of(run, split), math.ceil(len(keys) / SHARD_WINDOWS)
-        settings = {"kind": "latents", "run": config.hash, "split": split, **runs.provenance(run)}
-        if store.begun(url, settings) and store.is_complete(url):
-            continue
-        todo = store.pending(url, shards) if store.begun(url, settings) else list(range(shards))
-        store.create(url, {"": _template(config, keys, versions)}, config=settings, shards=shards)
-        replica = {"config": config, "archive": archive, "run": run, "keys": keys, "versions": versions}
-        engine.replicate(
-            _Encoder, {**replica, "out": url}, todo, f"latents: {split} shards", workers, gpu, progress
-        )
-        store.complete(url, {"counts": {"windows": len(keys), "versions": versions}})
+    keys, versions = windows.enumerate_windows(config.task, archive, "train"), config.training.latent_versions
+    url, shards = store_of(run), math.ceil(len(keys) / SHARD_WINDOWS)
+    settings = {"kind": "latents", "config": config.hash, **runs.provenance(run)}
+    begun = store.begun(url, settings)
+    if begun and store.is_complete(url):
+        return
+    todo = store.pending(url, shards) if begun else list(range(shards))
+    store.create(url, {"": _template(config, keys, versions)}, config=settings, shards=shards)
+    replica = {
+        "config": config,
+        "archive": archive,
+        "run": run,
+        "keys": keys,
+        "versions": versions,
+        "out": url,
+    }
+    engine.replicate(_Encoder, replica, todo, "latents: shards", workers, gpu, progress)
+    store.complete(url, {"counts": {"windows": len(keys), "versions": versions}})
 
 
 def _template(config: configs.Config, keys: Sequence[Window], versions: int) -> xr.Dataset:

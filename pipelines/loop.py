@@ -244,18 +244,17 @@ class Loop:
         for step in range(self.state.step_in_epoch, self.epoch_steps):
             first = step * training.batch_size + ranks.rank * share
             mine += order[first : first + share]
-        batches = self._read(mine, "train")
+        batches = self._read(mine)
         many = accumulation(training, ranks.world)
         while len(step_batches := [b for _, b in zip(range(many), batches, strict=False)]) == many:
             yield step_batches
 
-    def _read(self, keys: list[Window], split: str) -> Iterator[dict[str, Tensor]]:
-        """Batches of windows: latents where they are stored, else fields."""
-        training, device = self.config.training, self.ranks.device
+    def _read(self, keys: list[Window]) -> Iterator[dict[str, Tensor]]:
+        """Batches of training windows: latents where they are stored, else fields."""
+        size, device = self.config.training.micro_batch, self.ranks.device
         if latents.stored(self.config):
-            place, epoch = latents.store_of(self.run_url, split), self.state.epoch
-            return latents.batches(place, keys, training.micro_batch, epoch, device)
-        return windows.batches(self.config.task, self.archive, keys, training.micro_batch, device)
+            return latents.batches(latents.store_of(self.run_url), keys, size, self.state.epoch, device)
+        return windows.batches(self.config.task, self.archive, keys, size, device)
 
     def _step(self, batches: list[dict[str, Tensor]]) -> None:
         training, step = self.config.training, self.state.step
@@ -331,7 +330,8 @@ class Loop:
         self.model.eval()
         states: list[Any] = []
         done = 0
-        for batch in self._read(mine, "val"):
+        size = self.config.training.micro_batch
+        for batch in windows.batches(self.config.task, self.archive, mine, size, ranks.device):
             keys = mine[done : done + len(next(iter(batch.values())))]
             with self._autocast():
                 part = self._validated(batch, keys)

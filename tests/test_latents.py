@@ -41,7 +41,7 @@ def test_stored_latents_are_the_windows_turned_and_mirrored(archive, denoiser):
     module = runs.open_run(denoiser).module()
     wanted = [keys[5], keys[0], keys[3]]
     for epoch in (0, 1, 2, 3):
-        (batch,) = latents.batches(latents.store_of(denoiser, "train"), wanted, 3, epoch, ALONE.device)
+        (batch,) = latents.batches(latents.store_of(denoiser), wanted, 3, epoch, ALONE.device)
         for i, key in enumerate(wanted):
             turn = (keys.index(key) + epoch) % 3
             pixels = windows.read(asked.task, opened, [key])
@@ -61,7 +61,7 @@ def test_the_eight_turns_are_different_and_keep_the_values():
 
 
 def test_latents_that_are_there_are_not_made_again(archive, denoiser):
-    url = latents.store_of(denoiser, "train")
+    url = latents.store_of(denoiser)
     before = store.records(url)
     latents.encode(
         runs.open_run(denoiser).config,
@@ -77,7 +77,7 @@ def test_latents_that_are_there_are_not_made_again(archive, denoiser):
 
 def test_a_run_on_latents_needs_nothing_but_its_own_folder(archive, denoiser, tmp_path):
     moved = shutil.copytree(denoiser, tmp_path / "moved")
-    shutil.rmtree(moved / "latents")
+    shutil.rmtree(moved / "latents.zarr")
     forecaster = runs.open_run(str(moved)).forecaster()
     context = torch.zeros(1, 3, 48, 48, 1, dtype=torch.uint8)
     assert forecaster.forecast(context, torch.tensor([[1, 2]])).shape == (1, 2, 2, 48, 48, 1)
@@ -117,7 +117,7 @@ def test_encoding_at_every_step_trains_too(archive, autoencoder, tmp_path):
     run = trained("denoiser", archive, str(tmp_path / "run"), autoencoder, latent_versions=0, augment=True)
     lines = journal.read_metrics(run)
     assert all(torch.isfinite(torch.tensor(line["loss"])) for line in lines)
-    assert not (tmp_path / "run" / "latents").exists()
+    assert not (tmp_path / "run" / "latents.zarr").exists()
 
 
 def test_the_alignment_network_trains_beside(archive, autoencoder, tmp_path):

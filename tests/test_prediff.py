@@ -143,6 +143,26 @@ def test_the_context_is_encoded_once_a_forecast(batch, monkeypatch):
     assert calls == [3, 2]  # the context, and what its motion makes of the target
 
 
+def test_detail_of_the_moved_context_comes_back_as_far_as_it_lasts(batch):
+    aligned = dataclasses.replace(DENOISER, aligned_channels=4)
+    prediff, plain = made(aligned, detail=True), made(aligned)
+    assert not prediff.detail_power.any()
+    context = batch["context"][:1]
+    torch.testing.assert_close(prediff.forecast(context, SEEDS), plain.forecast(context, SEEDS))
+    prediff.validation_loss(batch, torch.arange(4))
+    # Blobs that keep their shape: what is lost of them is where their motion takes it.
+    weight = prediff.detail_cross / prediff.detail_power
+    assert (weight > 0.5).all()
+    latents = prediff.latents
+    moved = latents.moved(context, 2)
+    found = prediff.forecast(context, SEEDS) - plain.forecast(context, SEEDS)
+    lost = moved - latents.autoencoder.decode(latents.autoencoder.encode(moved)[0])
+    expected = 255 * weight.float().clamp(0, 1)[:, None, None, None] * lost
+    torch.testing.assert_close(found, expected[:, None].expand_as(found), rtol=1e-3, atol=2e-2)
+    with pytest.raises(ValueError, match=r"detail is True: needed denoiser.aligned_channels"):
+        PreDiffConfig(DENOISER, detail=True)
+
+
 def test_what_is_missing_counts_as_nothing_there_unless_all_is(batch):
     prediff = made()
     context = batch["context"][:1].clone()

@@ -65,11 +65,16 @@ def measure(row: str, arguments: argparse.Namespace) -> dict[str, float]:
     before = psutil.Process().memory_info().rss
     seconds: list[float] = []
     units: list[float] = []
-    with torch.inference_mode(), half:
-        run()
+
+    def call() -> None:
+        with half:
+            run()
+
+    with torch.inference_mode():
+        call()
         for _ in range(arguments.repeats):
             units += [timed(lambda: left @ right) for _ in range(2)]
-            seconds.append(timed(run))
+            seconds.append(timed(call))
             units += [timed(lambda: left @ right) for _ in range(2)]
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return {
