@@ -181,36 +181,37 @@ def forecast(
     dry_run: DryRun = False,
 ) -> None:
     """Forecast a split of an archive into a CF Zarr; the same command resumes."""
-    from pipelines import configs
+    from pipelines import configs, plans
     from pipelines import forecast as stage
+    from pipelines.baselines import BASELINES
     from pipelines.events import read_events
 
     if (run is None) == (forecaster is None):
         raise InputError("needed either --run URL or --forecaster NAME")
-    if forecaster is not None and forecaster not in stage.BASELINES:
-        configs.unknown("forecaster", forecaster, stage.BASELINES)
+    if forecaster is not None and forecaster not in BASELINES:
+        configs.unknown("forecaster", forecaster, BASELINES)
     overlay = configs.read_overlay(config, assignments or [])
     if overlay and not task:
         raise InputError("--config and --set lie over the task of a baseline: needed --task NAME beside them")
     if max_members is not None and until_ci is None:
         raise InputError(f"--max-members {max_members} is for --until-ci: needed --members, or both")
-    ensemble = stage.Ensemble(
+    ensemble = plans.Ensemble(
         members=(max_members or 1000) if until_ci is not None else members,
         until_ci=until_ci,
         events=read_events(events) if events else (),
-        quantiles=stage.parse_quantiles(quantiles),
+        quantiles=plans.parse_quantiles(quantiles),
         keep_members=keep_members,
     )
     asked: dict[str, Any] = {"sampler": sampler, "steps": steps, "alignment": alignment}
     given = {name: value for name, value in asked.items() if value is not None}
     if bf16 or compiled or deviations or given:
         precision = "bf16" if bf16 else "float32"
-        drawing = stage.Drawing(
+        drawing = plans.Drawing(
             **given, precision=precision, compile=compiled, deviations=deviations, strength=strength
         )
     else:
         drawing = None
-    planned = stage.plan(
+    planned = plans.plan(
         run or forecaster or "",
         archive,
         split,

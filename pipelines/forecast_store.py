@@ -1,7 +1,7 @@
 """The layout of a Forecast Zarr: variables, coordinates and CF attributes, before any value is made."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import dask.array
 import numpy as np
@@ -9,11 +9,9 @@ import torch
 import xarray as xr
 
 from pipelines import ensembles, windows
+from pipelines.plans import Plan, lead_times
 from pipelines.tasks import Task
 from pipelines.windows import Window
-
-if TYPE_CHECKING:
-    from pipelines.forecast import Plan
 
 
 def member_seeds(seed: int, keys: Sequence[Window], members: int) -> torch.Tensor:
@@ -27,15 +25,7 @@ def member_seeds(seed: int, keys: Sequence[Window], members: int) -> torch.Tenso
     return torch.from_numpy(np.array(rows, dtype=np.uint64).astype(np.int64))
 
 
-def lead_times(task: Task, times: np.ndarray) -> np.ndarray:
-    """(T_out,) of one window's frame times (T_in + T_out,): timedelta64, or for ENSO months."""
-    if task.step_minutes is None:
-        return np.arange(1, task.target + 1)
-    leads: np.ndarray = (times - times[task.context - 1])[task.context :]
-    return leads
-
-
-def template(planned: "Plan") -> xr.Dataset:
+def template(planned: Plan) -> xr.Dataset:
     """Metadata and coordinates of the forecast; its values are not computed."""
     task, archive, keys, ensemble = planned.task, planned.archive, planned.keys, planned.ensemble
     coords = _coordinates(planned)
@@ -89,11 +79,11 @@ def template(planned: "Plan") -> xr.Dataset:
     )
 
 
-def _place(planned: "Plan") -> xr.Dataset:
+def _place(planned: Plan) -> xr.Dataset:
     return windows.placement(planned.task, planned.archive, planned.keys)
 
 
-def _coordinates(planned: "Plan") -> dict[str, Any]:
+def _coordinates(planned: Plan) -> dict[str, Any]:
     task, keys, members = planned.task, planned.keys, planned.ensemble.members
     times = windows.frame_times(task, planned.archive, keys)
     lead = {"standard_name": "forecast_period", "long_name": "time since init_time"}
@@ -133,7 +123,7 @@ def _coordinates(planned: "Plan") -> dict[str, Any]:
     return coords
 
 
-def _functional(planned: "Plan") -> dict[str, xr.Variable]:
+def _functional(planned: Plan) -> dict[str, xr.Variable]:
     """What knowledge alignment asked of the forecast, and what each member made of it."""
     count, members = len(planned.keys), planned.ensemble.members
     found = {}
@@ -151,7 +141,7 @@ def _functional(planned: "Plan") -> dict[str, xr.Variable]:
     return found
 
 
-def _drawing(planned: "Plan") -> dict[str, Any]:
+def _drawing(planned: Plan) -> dict[str, Any]:
     drawing = planned.drawing
     if drawing is None:
         return {}

@@ -4,6 +4,7 @@ import pytest
 
 from pipelines import configs
 from pipelines import forecast as stage
+from pipelines.plans import plan
 from pipelines.prepare import prepare
 from pipelines.report import report
 from pipelines.score import score
@@ -26,7 +27,7 @@ def test_real_radar_from_files_to_page(tmp_path, real_data, ray_cluster):
     urls = []
     for name, task in ((run, None), ("persistence", config.task)):
         urls.append(str(tmp_path / f"{len(urls)}.zarr"))
-        stage.forecast(stage.plan(name, archive, "test", task=task), urls[-1], progress=False)
+        stage.forecast(plan(name, archive, "test", task=task), urls[-1], progress=False)
     model, persistence = score(urls, archive, progress=False)
     # The held-out date alone, and a model that has begun where persistence is and moved off it.
     assert model.series == 1

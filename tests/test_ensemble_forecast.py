@@ -13,7 +13,9 @@ from pipelines import cli, runs, windows
 from pipelines.archives import store, synthetic
 from pipelines.errors import InputError
 from pipelines.events import parse_events
-from pipelines.forecast import Drawing, Ensemble, forecast, member_seeds, plan
+from pipelines.forecast import forecast
+from pipelines.forecast_store import member_seeds
+from pipelines.plans import Drawing, Ensemble, plan
 from pipelines.prepare import prepare
 
 EVENTS = parse_events(

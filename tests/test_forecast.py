@@ -24,11 +24,13 @@ from tiny_forecast import write_run
 
 from earthformer.config import StemStage
 from earthformer.presets import EARTHFORMERS
-from pipelines import cli, runs, windows
+from pipelines import cli, plans, runs, windows
 from pipelines import forecast as stage
 from pipelines.archives import sevir, store, synthetic
 from pipelines.errors import InputError, boundary_error
-from pipelines.forecast import forecast, member_seeds, plan
+from pipelines.forecast import forecast
+from pipelines.forecast_store import member_seeds
+from pipelines.plans import plan
 from pipelines.prepare import prepare
 from pipelines.tasks import TASKS, Splits, Tiles
 from pipelines.windows import Window
@@ -369,7 +371,7 @@ def test_a_replica_holds_few_windows_of_full_size(tmp_path, folder):
     dense = dataclasses.replace(TASKS["sevir"], stride=(1, 1, 1))
     planned = plan("persistence", url, "test", task=dense)
     assert (len(planned.keys), planned.shard_windows, planned.shards) == (50, 9, 6)
-    assert stage.SHARD_BYTES > 9 * 12 * 384 * 384 * 4
+    assert plans.SHARD_BYTES > 9 * 12 * 384 * 384 * 4
     covered = [i for shard in range(6) for i in range(50)[planned.shard(shard)]]
     assert covered == list(range(50))
 

@@ -10,7 +10,7 @@ import torch
 
 from earthformer.config import EarthformerConfig
 from earthformer.forecasters import EarthformerForecaster
-from pipelines import configs, forecast, runs, windows
+from pipelines import configs, forecast_store, plans, runs, windows
 from pipelines.archives import store
 from pipelines.archives.store import Archive
 from pipelines.tasks import Task
@@ -31,7 +31,7 @@ def write_forecast(
     finish: bool = True,
 ) -> str:
     """Write `values` (window, member, lead_time, y, x) as a finished forecast; returns its URL."""
-    planned = forecast.Plan(
+    planned = plans.Plan(
         task=task,
         forecaster=forecaster,
         run=forecaster,
@@ -41,13 +41,13 @@ def write_forecast(
         split=split,
         seed=0,
         shard_windows=min(shard_windows, len(keys)),
-        ensemble=forecast.Ensemble(members=values.shape[1], keep_members=True),
+        ensemble=plans.Ensemble(members=values.shape[1], keep_members=True),
     )
     config = planned.config | {
         "archive_hash": archive_hash or archive.config_hash,
         "values": float(np.nanmean(values)),
     }
-    store.create(url, {"": forecast.template(planned)}, config=config, shards=planned.shards)
+    store.create(url, {"": forecast_store.template(planned)}, config=config, shards=planned.shards)
     for shard in range(planned.shards):
         region = {"window": planned.shard(shard)}
         part = {task.variable: values[region["window"]].astype(np.float32)}

@@ -16,6 +16,7 @@ OVERLAYS: dict[str, dict[str, Any]] = {
         "latent_channels": 4,
         "groups": 4,
         "frames_per_window": 2,
+        "crop": 24,
         "adversarial_start": 2,
         "discriminator_layers": 1,
         "discriminator_width": 8,
@@ -24,6 +25,7 @@ OVERLAYS: dict[str, dict[str, Any]] = {
         "denoiser": {
             "context": [3, 12, 12, 4],
             "target": [2, 12, 12, 4],
+            "aligned_channels": 4,
             "widths": [32],
             "depth": [1],
             "scale_shift": True,

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pipelines import forecast
+from pipelines import forecast_store, plans
 from pipelines.archives import store, synthetic
 from pipelines.archives.store import Archive
 from pipelines.ensembles import Reduction
@@ -44,7 +44,7 @@ def write_reduced(
     keep_members: bool = False,
 ) -> str:
     """Write `values` (window, member, lead_time, y, x) as `earthformer forecast --members` does."""
-    planned = forecast.Plan(
+    planned = plans.Plan(
         task=task,
         forecaster="prediff",
         run="prediff",
@@ -54,10 +54,10 @@ def write_reduced(
         split="test",
         seed=0,
         shard_windows=1,
-        ensemble=forecast.Ensemble(members=values.shape[1], events=tuple(events), keep_members=keep_members),
+        ensemble=plans.Ensemble(members=values.shape[1], events=tuple(events), keep_members=keep_members),
     )
     config = {**planned.config, "values": float(np.nanmean(values))}
-    store.create(url, {"": forecast.template(planned)}, config=config, shards=planned.shards)
+    store.create(url, {"": forecast_store.template(planned)}, config=config, shards=planned.shards)
     for index, members in enumerate(values):
         reduction = Reduction(planned.bound(), index)
         reduction.add(members)

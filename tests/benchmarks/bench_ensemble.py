@@ -24,7 +24,8 @@ from earthformer.prediff import Sampling
 from pipelines import runs, windows
 from pipelines.archives.store import open_archive
 from pipelines.ensembles import Reduction
-from pipelines.forecast import Drawing, Ensemble, member_seeds, plan
+from pipelines.forecast_store import member_seeds
+from pipelines.plans import Drawing, Ensemble, plan
 
 SAMPLERS = ("ddpm", "ddim", "dpm++", "unipc")
 
