@@ -442,13 +442,13 @@ def test_a_forecast_is_not_written_over_another(tmp_path, folder, planned, whole
     ("how", "said"),
     [
         ({"split": "tset"}, "split 'tset' is unknown: needed one of train, val, test"),
-        ({"limit": 0}, "limit is 0: needed 1 window or more"),
+        ({"limit": 0}, "limit is 0: needed 1 or more"),
         ({"seed": -1}, "seed is -1: needed 0 or more"),
-        ({"task": TASK}, "was trained for task sevir: persistence alone takes another"),
-        ({"run": "persistence"}, "persistence has no run to take the task from: needed --task NAME"),
+        ({"task": TASK}, "was trained for task sevir: baselines alone take another"),
+        ({"forecaster": "persistence"}, "persistence has no run to take the task from: needed --task NAME"),
         (
             {
-                "run": "persistence",
+                "forecaster": "persistence",
                 "task": dataclasses.replace(TASK, splits=Splits(test_from="2031-01-01")),
             },
             "has no test windows of 5 frames for task sevir",
@@ -456,7 +456,8 @@ def test_a_forecast_is_not_written_over_another(tmp_path, folder, planned, whole
     ],
 )
 def test_impossible_plans_are_refused(folder, how, said):
-    asked = {"run": str(folder / "run"), "archive": str(folder / "archive.zarr"), "split": "test"} | how
+    where = {"forecaster": str(folder / "run"), "archive": str(folder / "archive.zarr")}
+    asked = where | {"split": "test"} | how
     with pytest.raises(InputError, match=said):
         plan(**asked)
 

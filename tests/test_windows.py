@@ -713,7 +713,7 @@ def test_fewer_than_three_dates_cannot_be_parted_by_themselves(tmp_path):
         ("radar", {"step_minutes": None}, "task.step_minutes is None: needed .* minutes"),
         ("enso", {"step_minutes": 5}, "task.step_minutes is 5: needed none"),
         ("enso", {"splits": Splits(test_from="2000-01-01")}, "no dates: ENSO parts by climate model"),
-        ("radar", {"splits": Splits(val_fraction=0.1)}, "splits.val_fraction is 0.1: needed none"),
+        ("enso", {"splits": Splits(val_fraction=0.1)}, "splits.val_fraction is 0.1: needed none"),
     ],
 )
 def test_impossible_tasks_are_refused(task, values, said):
@@ -738,3 +738,16 @@ def test_impossible_tasks_are_refused(task, values, said):
 def test_impossible_splits_and_tiles_are_refused(make, said):
     with pytest.raises(ValueError, match=said):
         make()
+
+
+@pytest.mark.real_data
+@pytest.mark.filterwarnings("ignore:mrms_win")
+def test_a_random_part_of_the_radar_windows_validates(real_data, tmp_path):
+    archive = built(radar.plan(str(real_data / "radar")), str(tmp_path / "archive.zarr"))
+    task = dataclasses.replace(TASKS["radar-256"], stride=(12, 3, 12))
+    keys = {split: windows.enumerate_windows(task, archive, split) for split in windows.SPLITS}
+    assert not set(keys["train"]) & set(keys["val"])
+    assert len(keys["val"]) == int(0.1 * (len(keys["train"]) + len(keys["val"])))
+    assert {key.series for key in keys["test"]} == {"mch_20170131"}
+    assert "mch_20170131" not in {key.series for key in keys["train"] + keys["val"]}
+    assert len({key.series for key in keys["train"]}) == 3
