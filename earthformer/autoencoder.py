@@ -213,7 +213,8 @@ class AutoencoderTraining(nn.Module):
         self.config = config
         smallest = 3 * 2**config.discriminator_layers
         needed = f"H and W from {smallest} for a discriminator of {config.discriminator_layers} layers"
-        need(min(config.frame[:2]) >= smallest, "frame", config.frame, needed)
+        seen = config.frame[:2] if config.crop is None else (config.crop, config.crop)
+        need(min(seen) >= smallest, "frame" if config.crop is None else "crop", seen, needed)
         self.autoencoder = Autoencoder(config)
         self.discriminator = Discriminator(
             config.frame[2], config.discriminator_width, config.discriminator_layers

@@ -97,7 +97,9 @@ class Latents(nn.Module):
     def moved(self, context: Tensor, frames: int) -> Tensor:
         """The last frame of a context (B, T, H, W, C), scaled, along its motion: (B, frames, H, W, C)."""
         field = scaled(context, self.scaling)
-        return motion.advect(field[:, -1], motion.flow(field[..., 0]), frames)
+        # The edge of what was observed stands still, and is no motion.
+        seen = field.masked_fill(~present(context), torch.nan)
+        return motion.advect(field[:, -1], motion.flow(seen[..., 0]), frames)
 
     @torch.no_grad()
     def lost(self, frames: Tensor, latents: Tensor) -> Tensor:
@@ -260,7 +262,9 @@ class PreDiff(Trainable):
         b, m = seeds.shape
         repeated = {name: latents.repeat_interleave(m, 0) for name, latents in condition.items()}
         autocast = torch.autocast(
-            seeds.device.type, dtype=torch.bfloat16, enabled=self.sampling.precision == "bf16"
+            condition["context_latents"].device.type,
+            dtype=torch.bfloat16,
+            enabled=self.sampling.precision == "bf16",
         )
 
         def denoise(z: Tensor, t: Tensor) -> Tensor:

@@ -208,7 +208,7 @@ class AlignmentConfig:
 
     def __post_init__(self) -> None:
         _check_levels(self.target, self.widths, self.depth, self.patterns, self.attention, self.scale_shift)
-        for name in ("downsample", "time_width", "out_channels"):
+        for name in ("downsample", "time_width", "out_channels", "context_frames"):
             need(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         need(0 <= self.dropout < 1, "dropout", self.dropout, "a rate from 0 to below 1")
         last = self.widths[-1]

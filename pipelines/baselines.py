@@ -102,19 +102,22 @@ class _Moving(nn.Module):
             ValueError: several members asked of a deterministic forecaster.
         """
         observed = present(context[:, -FRAMES:, ..., 0])
-        frames = torch.where(observed, context[:, -FRAMES:, ..., 0].float(), 0.0).cpu()
+        frames = torch.where(observed, context[:, -FRAMES:, ..., 0].float(), torch.nan).cpu()
         members = self._members(frames, seeds.cpu())
         missing = ~observed[:, -1].cpu()[:, None, None]
         return members.masked_fill(missing, torch.nan)[..., None].to(context.device)
 
     def _members(self, frames: Tensor, seeds: Tensor) -> Tensor:
-        """Members (B, M, T_out, H, W) of frames (B, FRAMES, H, W), both in the archive's own units."""
+        """Members (B, M, T_out, H, W) of frames (B, FRAMES, H, W), both in the archive's own units.
+
+        What is missing is NaN.
+        """
         raise NotImplementedError
 
     def _flow(self, frames: Tensor) -> Tensor:
         """Motion (B, 2, H, W) in pixels a frame, by pysteps' Lucas-Kanade on the transformed frames."""
         pysteps = _pysteps()
-        transformed = self.field.transform(frames.double().numpy())
+        transformed = self.field.transform(frames.nan_to_num().double().numpy())
         with _silence():
             found = [pysteps.motion.get_method("LK")(one) for one in transformed]
         return torch.from_numpy(np.stack(found)).float()
@@ -126,7 +129,7 @@ class Extrapolation(_Moving):
     def _members(self, frames: Tensor, seeds: Tensor) -> Tensor:
         if seeds.shape[1] != 1:
             raise ValueError(f"{seeds.shape[1]} members asked of a deterministic forecaster: needed 1")
-        return motion.advect(frames[:, -1], self._flow(frames), self.task.target)[:, None]
+        return motion.advect(frames[:, -1].nan_to_num(), self._flow(frames), self.task.target)[:, None]
 
 
 class Displaced(_Moving):
@@ -139,7 +142,9 @@ class Displaced(_Moving):
     needs = ()
 
     def _flow(self, frames: Tensor) -> Tensor:
-        return motion.flow(self.task.scaling.encode(frames))
+        seen = torch.isfinite(frames)
+        scaled = self.task.scaling.encode(frames.nan_to_num())
+        return motion.flow(scaled.masked_fill(~seen, torch.nan))
 
     def _members(self, frames: Tensor, seeds: Tensor) -> Tensor:
         paths = motion.trajectories(self._flow(frames), self.task.target)
@@ -147,7 +152,8 @@ class Displaced(_Moving):
         lead = torch.arange(1, self.task.target + 1)[:, None]
         # (B, M, T_out, 2): the pixel comes from where the drift has not yet carried it.
         shift = torch.from_numpy(drift).float()[:, :, None] * lead
-        members = [motion.warp(frames[:, -1], paths - one[..., None, None]) for one in shift.unbind(1)]
+        last = frames[:, -1].nan_to_num()
+        members = [motion.warp(last, paths - one[..., None, None]) for one in shift.unbind(1)]
         return torch.stack(members, 1)
 
 
@@ -163,6 +169,7 @@ class Steps(_Moving):
     """
 
     def _members(self, frames: Tensor, seeds: Tensor) -> Tensor:
+        frames = frames.nan_to_num()
         flows = self._flow(frames)
         fallen_back = motion.advect(frames[:, -1], flows, self.task.target)
         windows = []

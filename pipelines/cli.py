@@ -193,10 +193,12 @@ def forecast(
     overlay = configs.read_overlay(config, assignments or [])
     if overlay and not task:
         raise InputError("--config and --set lie over the task of a baseline: needed --task NAME beside them")
+    if until_ci is not None and members != 1:
+        raise InputError(f"--members {members} beside --until-ci: needed --max-members for the most of them")
     if max_members is not None and until_ci is None:
         raise InputError(f"--max-members {max_members} is for --until-ci: needed --members, or both")
     ensemble = plans.Ensemble(
-        members=(max_members or 1000) if until_ci is not None else members,
+        members=members if until_ci is None else 1000 if max_members is None else max_members,
         until_ci=until_ci,
         events=read_events(events) if events else (),
         quantiles=plans.parse_quantiles(quantiles),
@@ -215,7 +217,7 @@ def forecast(
         run or forecaster or "",
         archive,
         split,
-        task=configs.resolve(task, overlay=overlay).task if task else None,
+        task=configs.resolve_task(task, overlay) if task else None,
         seed=seed,
         limit=limit,
         every=every,

@@ -183,10 +183,23 @@ def resolve(
     presets = TRAINABLES.get(trainable) or unknown("trainable", trainable, TRAINABLES)
     chosen = TASKS.get(task) or unknown("task", task, TASKS)
     preset = preset or (chosen.model if trainable == "earthformer" else f"prediff_{task.replace('-', '_')}")
+    if not preset:
+        raise InputError(f"task {task} has no {trainable} preset of its own: needed --preset NAME")
     model = presets.get(preset) or unknown(f"{trainable} preset", preset, presets)
     training = TRAINING.get((trainable, preset), Training())
     config = Config(trainable, chosen, model, training, preset, _latents_of(trainable, autoencoder))
     return from_dict(_overlay(dataclasses.asdict(config), overlay or {}, ""))
+
+
+def resolve_task(name: str, overlay: dict[str, Any] | None = None) -> Task:
+    """A task by name, with the `task` section of an overlay laid over it: all that a baseline has.
+
+    Raises:
+        InputError: unknown task or key (the nearest one is named); an impossible value.
+    """
+    chosen = TASKS.get(name) or unknown("task", name, TASKS)
+    merged = _overlay({"task": dataclasses.asdict(chosen)}, overlay or {}, "")
+    return _validated(Task, merged["task"], "task")
 
 
 def _latents_of(trainable: str, run: str | None) -> AutoencoderConfig | None:

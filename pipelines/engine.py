@@ -151,6 +151,8 @@ def replicate(
     Raises:
         Exception: what a replica raised, as itself.
     """
+    if not shards:
+        return []
     rows = ray.data.from_items([{"shard": i} for i in shards], override_num_blocks=len(shards))
     done = rows.map(
         cast(Any, replica),

@@ -32,6 +32,8 @@ class Forecasted:
     """Without starting Ray."""
     drawn: tuple[int, ...] = ()
     """Members of each window that this call wrote, of an ensemble."""
+    failed: int = 0
+    """Members that diverged, or had nothing to go on, and are left out."""
 
     def __str__(self) -> str:
         total = f"{self.url}: {self.windows} windows by {self.forecaster}"
@@ -42,7 +44,8 @@ class Forecasted:
         if not self.drawn:
             return speed
         low, high = min(self.drawn), max(self.drawn)
-        return f"{speed}, {low if low == high else f'{low} to {high}'} members each"
+        lost = f", {self.failed} more failed and are left out" if self.failed else ""
+        return f"{speed}, {low if low == high else f'{low} to {high}'} members each{lost}"
 
 
 def forecast(
@@ -88,8 +91,8 @@ def forecast(
     if not store.is_complete(place):
         store.complete(place, {"counts": {"windows": len(planned.keys), "members": planned.ensemble.members}})
     written = sum(len(planned.keys[planned.shard(index)]) for index in todo)
-    drawn = tuple(int(count) for row in rows for count in row["drawn"])
-    return Forecasted(out, planned.forecaster, len(planned.keys), written, seconds, drawn)
+    drawn, failed = (tuple(int(n) for row in rows for n in row[what]) for what in ("drawn", "failed"))
+    return Forecasted(out, planned.forecaster, len(planned.keys), written, seconds, drawn, sum(failed))
 
 
 def pending(planned: Plan, out: str) -> list[int]:
@@ -123,8 +126,9 @@ class _Replica:
         region = {"window": place}
         crc32 = store.write_region(self.out, "", values, region)
         store.write_record(self.out, shard, {"regions": [store.region_record("", region, crc32)]})
-        drawn = values["n_members"].tolist() if planned.ensemble.reduced else []
-        return {"shard": shard, "drawn": drawn}
+        reduced = planned.ensemble.reduced
+        drawn, failed = (values[n].tolist() if reduced else [] for n in ("n_members", "failed_members"))
+        return {"shard": shard, "drawn": drawn, "failed": failed}
 
     def _fields(self, places: Sequence[int]) -> dict[str, np.ndarray]:
         """Deterministic forecasts of some windows."""

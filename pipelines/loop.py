@@ -275,7 +275,11 @@ class Loop:
                     part = self.model(batch, step) / len(batches)
                 part.backward()
             loss += part.detach()
-        parts = [nn.utils.clip_grad_norm_(m.parameters(), training.clip_norm) for m in self.trainable.parts()]
+        # A part without gradients, such as an idle discriminator, has a norm of 0 on the CPU.
+        parts = [
+            nn.utils.clip_grad_norm_(m.parameters(), training.clip_norm).to(self.ranks.device)
+            for m in self.trainable.parts()
+        ]
         norm = torch.stack(parts).max()
         if not all(map(torch.isfinite, parts)):
             # Gradients are the same on all ranks, so that all come here.

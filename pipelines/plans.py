@@ -1,5 +1,6 @@
 """What a forecast would do, checked before anything is made: forecaster, windows and ensemble."""
 
+import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -38,6 +39,13 @@ class Drawing:
     deviations: float = 0.0
     """n: the forecast's functional is asked to be mu + n sigma."""
     strength: float = 50.0
+
+    def __post_init__(self) -> None:
+        finite = math.isfinite(self.deviations)
+        need(finite, "deviations", self.deviations, "a finite number")
+        need(0 <= self.strength < math.inf, "strength", self.strength, "a finite number from 0")
+        alone = self.alignment is None and self.deviations != 0
+        need(not alone, "deviations", self.deviations, "--alignment RUN beside it")
 
 
 @dataclass(frozen=True)
@@ -134,8 +142,10 @@ class Plan:
             "archive_hash": self.archive.config_hash,
             "split": self.split,
             "windows": len(self.keys),
+            "windows_hash": hashlib.sha256(repr(self.keys).encode()).hexdigest()[:16],
             "ensemble": asdict(self.ensemble),
-            "drawing": asdict(self.drawing) if self.drawing else None,
+            # Of the alignment's run what it is, not where it lies.
+            "drawing": {**asdict(self.drawing), "alignment": None} if self.drawing else None,
             "seed": self.seed,
             "shard_windows": self.shard_windows,
         }

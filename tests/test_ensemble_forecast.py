@@ -254,6 +254,17 @@ def test_events_that_do_not_fit_are_refused_before_anything_is_made(event, messa
         )
 
 
+def test_other_windows_are_another_forecast(trainings, archive):
+    every = [planned(trainings, archive, limit=1).config for _ in range(2)]
+    assert every[0] == every[1]
+    other = plan(
+        trainings["denoiser"], archive, "test", limit=1, every=2, ensemble=Ensemble(members=6), drawing=QUICK
+    )
+    assert len(other.keys) == 1
+    moved = dataclasses.replace(other, keys=planned(trainings, archive, limit=None).keys[1:2])
+    assert moved.config != other.config
+
+
 def test_what_is_not_meant_for_a_forecaster_is_refused(trainings, archive):
     task = runs.open_run(trainings["denoiser"]).config.task
     several = Ensemble(members=4)
@@ -276,6 +287,12 @@ def test_the_command_refuses_in_one_line(capsys, monkeypatch, trainings, archive
         ),
         (["--run", trainings["denoiser"], "--quantiles", "a"], "quantiles 'a': needed numbers"),
         (["--run", trainings["denoiser"], "--max-members", "9"], "--max-members 9 is for --until-ci"),
+        (
+            ["--run", trainings["denoiser"], "--members", "9", "--until-ci", "0.1"],
+            "--members 9 beside --until-ci",
+        ),
+        (["--run", trainings["denoiser"], "--until-ci", "0.1", "--max-members", "0"], "members is 0"),
+        (["--run", trainings["denoiser"], "--deviations", "4"], "deviations is 4.0: needed --alignment RUN"),
     ):
         monkeypatch.setattr("sys.argv", ["earthformer", "forecast", *where, *arguments])
         with pytest.raises(SystemExit) as left:
