@@ -4,6 +4,7 @@ Outside a forecaster every field is in the archive's own units; scaling, missing
 precision are its own affair. A uint8 field codes missing pixels as 255, a floating-point field as NaN.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
@@ -59,12 +60,12 @@ def members_of(forecaster: Forecaster, context: Tensor, seeds: Tensor, batch: in
         yield Members(forecaster.forecast(context, seeds[:, first : first + batch]))
 
 
-class Trainable(nn.Module):
+class Trainable(nn.Module, ABC):
     """What the training loop needs of a model."""
 
+    @abstractmethod
     def loss(self, batch: dict[str, Tensor], step: int = 0) -> Tensor:
         """Scalar loss of `context` (B, T_in, H, W, C) and `target` (B, T_out, H, W, C) at a step."""
-        raise NotImplementedError
 
     def forward(self, batch: dict[str, Tensor], step: int = 0) -> Tensor:
         """The loss: data parallelism wraps a module's `forward`."""
@@ -77,9 +78,20 @@ class Trainable(nn.Module):
     def after_step(self) -> None:
         """What is to be done after each optimiser step."""
 
+    def validation_sums(self) -> list[Tensor]:
+        """Buffers that a validation adds to: 0 before it, summed over all workers after it."""
+        return []
+
+    def after_validation(self) -> None:
+        """What is to be done with those sums."""
+
+
+class TrainableByLoss(Trainable):
+    """One that is validated by its loss rather than by its forecasts."""
+
+    @abstractmethod
     def validation_loss(self, batch: dict[str, Tensor], seeds: Tensor) -> Tensor:
         """Loss of each window (B,), whose random numbers follow from its seed; lower is better."""
-        raise NotImplementedError
 
 
 def present(field: Tensor) -> Tensor:

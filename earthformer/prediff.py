@@ -17,7 +17,7 @@ from earthformer.autoencoder import Autoencoder, AutoencoderTraining, posterior_
 from earthformer.config import Scaling, need
 from earthformer.denoiser import Denoiser
 from earthformer.diffusion import Diffusion, Ema, LossTerms
-from earthformer.forecasters import Members, Trainable, present, scaled
+from earthformer.forecasters import Members, TrainableByLoss, present, scaled
 from earthformer.prediff_config import AlignmentConfig, AutoencoderConfig, PreDiffConfig
 
 Batch = dict[str, Tensor]
@@ -25,7 +25,7 @@ HIGHEST = 1.2
 """Scaled log-rate that no forecast exceeds: 250 mm/h by the radar task's scaling."""
 
 
-class FrameAutoencoder(Trainable):
+class FrameAutoencoder(TrainableByLoss):
     """Trains the autoencoder on frames of context and target alike (PreDiff, App. B.1)."""
 
     def __init__(self, config: AutoencoderConfig, scaling: Scaling) -> None:
@@ -34,6 +34,9 @@ class FrameAutoencoder(Trainable):
         self.scaling = scaling
         self.latent_std: Tensor
         self.register_buffer("latent_std", torch.ones(config.latent_channels))
+        self.latent_sums: Tensor
+        sums = torch.zeros(3, config.latent_channels, dtype=torch.float64)
+        self.register_buffer("latent_sums", sums, persistent=False)
 
     @property
     def autoencoder(self) -> Autoencoder:
@@ -54,13 +57,24 @@ class FrameAutoencoder(Trainable):
             frames = frames[:, :, y : y + config.crop, x : x + config.crop]
         return self.objective.loss({"frames": frames}, step)
 
+    def validation_sums(self) -> list[Tensor]:
+        """Number, sum and sum of squares of the latents of each channel."""
+        return [self.latent_sums]
+
+    def after_validation(self) -> None:
+        """Keep the scale by which a diffusion model brings the latents to a standard deviation of 1."""
+        count, total, squares = self.latent_sums
+        variance = squares / count - (total / count).square()
+        self.latent_std.copy_(variance.clamp_min(1e-12).sqrt())
+
     @torch.no_grad()
     def validation_loss(self, batch: Batch, seeds: Tensor) -> Tensor:
         """Mean absolute error of the reconstruction from the posterior's mode, scaled, (B,)."""
         frames = self._frames(batch)
         mean, _ = self.objective.autoencoder.encode(frames)
-        # The last validation's latents give the scale by which a diffusion model brings them to about 1.
-        self.latent_std.copy_(mean.float().flatten(0, 3).std(0).clamp_min(1e-6))
+        latents = mean.double().flatten(0, 3)
+        ones = torch.ones_like(latents[0])
+        self.latent_sums += torch.stack([len(latents) * ones, latents.sum(0), latents.square().sum(0)])
         return (self.objective.autoencoder.decode(mean) - frames).abs().flatten(1).mean(1)
 
     def _frames(self, batch: Batch) -> Tensor:
@@ -144,7 +158,7 @@ class Guide:
     """The published guidance scale."""
 
 
-class PreDiff(Trainable):
+class PreDiff(TrainableByLoss):
     """The denoiser on a trained autoencoder's latents: its training objective, and its ensembles."""
 
     def __init__(self, config: PreDiffConfig, autoencoder: AutoencoderConfig, scaling: Scaling) -> None:
@@ -205,6 +219,10 @@ class PreDiff(Trainable):
     def after_step(self) -> None:
         """Follow the denoiser's weights, once an optimiser step."""
         self.ema.update(self.denoiser)
+
+    def validation_sums(self) -> list[Tensor]:
+        """What the weights of the detail are quotients of."""
+        return [self.detail_cross, self.detail_power]
 
     @torch.no_grad()
     def validation_loss(self, batch: Batch, seeds: Tensor) -> Tensor:
@@ -306,7 +324,7 @@ class PreDiff(Trainable):
         return torch.cat(each)
 
 
-class Constraint(Trainable):
+class Constraint(TrainableByLoss):
     """The alignment network on noisy latents, and what a future after some context is expected to have.
 
     Trained side by side: the network reads the functional of each target frame off noisy latents (PreDiff,

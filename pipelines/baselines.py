@@ -11,6 +11,7 @@ missing counts as 0, as for the networks. What flows in over the border is the b
 import contextlib
 import io
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -68,7 +69,7 @@ _FIELDS = {
 }
 
 
-class _Moving(nn.Module):
+class _Moving(nn.Module, ABC):
     """What the three forecasters along the optical flow share."""
 
     needs: tuple[tuple[str, str], ...] = (("pysteps", "pysteps"), ("cv2", "OpenCV"))
@@ -107,12 +108,12 @@ class _Moving(nn.Module):
         missing = ~observed[:, -1].cpu()[:, None, None]
         return members.masked_fill(missing, torch.nan)[..., None].to(context.device)
 
+    @abstractmethod
     def _members(self, frames: Tensor, seeds: Tensor) -> Tensor:
         """Members (B, M, T_out, H, W) of frames (B, FRAMES, H, W), both in the archive's own units.
 
         What is missing is NaN.
         """
-        raise NotImplementedError
 
     def _flow(self, frames: Tensor) -> Tensor:
         """Motion (B, 2, H, W) in pixels a frame, by pysteps' Lucas-Kanade on the transformed frames."""
@@ -245,5 +246,3 @@ BASELINES: dict[str, Callable[[Task], Forecaster]] = {
     "displaced": Displaced,
     "steps": Steps,
 }
-DETERMINISTIC = frozenset({"persistence", "extrapolation"})
-"""Baselines that give one member, and refuse more."""

@@ -22,7 +22,7 @@ import torch
 import torch.distributed
 from torch import Tensor, nn
 
-from earthformer.forecasters import Forecaster, Trainable, present
+from earthformer.forecasters import Forecaster, Trainable, TrainableByLoss, present
 from earthformer.scores import Contingency, Errors, Nino
 from pipelines import configs, engine, journal, latents, runs, windows
 from pipelines.archives.store import Archive, open_archive
@@ -120,6 +120,12 @@ class Ranks:
         if self.world > 1:
             torch.distributed.all_reduce(value)
         return float(value) / self.world
+
+    def add_up(self, sums: list[Tensor]) -> None:
+        """Replace tensors by their sums over the ranks, all of which must call this."""
+        if self.world > 1:
+            for tensor in sums:
+                torch.distributed.all_reduce(tensor)
 
     def gather(self, states: list[Any]) -> list[list[Any]]:
         """Every rank's states, all of which must call this."""
@@ -332,6 +338,8 @@ class Loop:
         ranks = self.ranks
         mine = self.val_windows[ranks.rank :: ranks.world]
         self.model.eval()
+        for sums in self.trainable.validation_sums():
+            sums.zero_()
         states: list[Any] = []
         done = 0
         size = self.config.training.micro_batch
@@ -341,6 +349,8 @@ class Loop:
                 part = self._validated(batch, keys)
             states = [a + b for a, b in zip(states, part, strict=True)] if states else part
             done += len(keys)
+        ranks.add_up(self.trainable.validation_sums())
+        self.trainable.after_validation()
         shares = [share for share in ranks.gather(states) if share]
         merged = [sum(parts[1:], parts[0]) for parts in zip(*shares, strict=True)]
         if self.config.monitor == configs.LOSS:
@@ -362,7 +372,7 @@ class Loop:
         """Score states of a batch's forecasts, or the sum and count of its losses."""
         if self.config.monitor == configs.LOSS:
             seeds = torch.tensor([zlib.crc32(repr(key).encode()) for key in keys])
-            losses = self.trainable.validation_loss(batch, seeds)
+            losses = cast(TrainableByLoss, self.trainable).validation_loss(batch, seeds)
             return [float(losses.double().sum()), len(keys)]
         forecast = cast(Forecaster, self.trainable).forecast(batch["context"], torch.zeros(len(keys), 1))[
             :, 0

@@ -13,13 +13,13 @@ import torch
 from test_motion import blobs
 
 from pipelines import baselines
-from pipelines.baselines import BASELINES, DETERMINISTIC
+from pipelines.baselines import BASELINES, ENSEMBLES
 from pipelines.errors import InputError
 from pipelines.tasks import TASKS
 
 TASK = dataclasses.replace(TASKS["radar"], context=4, target=6)
 MOVING = sorted(set(BASELINES) - {"persistence"})
-ENSEMBLES = sorted(set(BASELINES) - DETERMINISTIC)
+DETERMINISTIC = sorted(set(BASELINES) - set(ENSEMBLES))
 
 
 def make(name, task=TASK):
