@@ -70,7 +70,9 @@ test: .venv/installed-test
 
 bench: .venv/installed-test
 	$(BIN)/python tests/benchmarks/bench_model.py
+	$(BIN)/python tests/benchmarks/bench_prediff.py
 	$(BIN)/python tests/benchmarks/bench_prepare.py
+	test ! -d demo/runs/denoiser || $(BIN)/python tests/benchmarks/bench_ensemble.py --run demo/runs/denoiser --archive demo/archive.zarr
 
 clean:
 	rm -rf demo .venv

@@ -291,7 +291,23 @@ def _checked(drawing: Drawing, run: runs.Run) -> Drawing:
     mine, theirs = (r.record.get("autoencoder_hash") for r in (run, aligned))
     if mine != theirs:
         raise InputError(f"{url} reads latents of autoencoder {theirs}: {run.url} makes those of {mine}")
+    model, constraint = run.config.model, aligned.config.model
+    for name, found, needed in (
+        ("task", aligned.config.task, run.config.task),
+        ("target", constraint.target, model.denoiser.target),
+        ("normalise", constraint.normalise, model.normalise),
+        ("diffusion.timesteps", constraint.diffusion.timesteps, model.diffusion.timesteps),
+        ("diffusion.schedule", _schedule(constraint.diffusion), _schedule(model.diffusion)),
+    ):
+        if found != needed:
+            raise InputError(
+                f"{url} was trained with {name} {found}: {run.url} has {needed}; needed the same"
+            )
     return replace(drawing, alignment=url, alignment_hash=aligned.hash)
+
+
+def _schedule(diffusion: Any) -> tuple[Any, ...]:
+    return diffusion.schedule, diffusion.beta_start, diffusion.beta_end
 
 
 def _check_model(run: runs.Run, archive: Archive, height: int, width: int) -> None:

@@ -35,7 +35,7 @@ class Sheet:
 
 
 def labels(cards: Sequence[ScoreCard], *, members: bool = False) -> list[str]:
-    """Names that tell the forecasts apart: with the run's hash where two forecasters are of a name.
+    """Names that tell the forecasts apart: with the forecast's hash where two are of a name.
 
     Args:
         cards: of the forecasts.
@@ -43,7 +43,7 @@ def labels(cards: Sequence[ScoreCard], *, members: bool = False) -> list[str]:
     """
     names = [card.member_label if members else card.label for card in cards]
     many = Counter(names)
-    return [n if many[n] == 1 else f"{n} {c.run_hash[:6]}" for n, c in zip(names, cards, strict=True)]
+    return [n if many[n] == 1 else f"{n} {c.forecast_hash[:6]}" for n, c in zip(names, cards, strict=True)]
 
 
 def sheets(cards: Sequence[ScoreCard]) -> list[Sheet]:

@@ -67,6 +67,7 @@ def train(
     provenance = {"archive": archive, "archive_hash": opened.config_hash, "windows": counts}
     if autoencoder is not None:
         source = runs.open_run(autoencoder)
+        _check_source(config, source, opened)
         provenance |= {"autoencoder": autoencoder, "autoencoder_hash": source.hash}
     if runs.start(run, config, provenance):
         return Trained(run, runs.open_run(run).record)
@@ -79,6 +80,18 @@ def train(
             latents.encode(config, opened, engine.absolute(run), workers=workers, gpu=gpu, progress=progress)
         _fit(config, archive, run, workers, gpu, max_failures, progress, counts["train"])
     return Trained(run, runs.complete(run, config, provenance))
+
+
+def _check_source(config: configs.Config, source: runs.Run, archive: Archive) -> None:
+    """Refuse an autoencoder of other fields, or one that may have seen what this run is to be tested on."""
+    mine, theirs = config.task, source.config.task
+    for name in ("variable", "scaling", "splits"):
+        found, needed = getattr(theirs, name), getattr(mine, name)
+        if found != needed:
+            raise InputError(f"{source.url} was trained with task.{name} {found}: needed {needed}, as here")
+    trained_on = source.record.get("archive_hash")
+    if trained_on != archive.config_hash:
+        raise InputError(f"{source.url} was trained on archive {trained_on}: needed {archive.config_hash}")
 
 
 def _check(config: configs.Config, archive: Archive) -> dict[str, int]:

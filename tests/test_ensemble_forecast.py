@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import xarray as xr
-from tiny_prediff import trained
+from tiny_prediff import begun, config, trained
 
 from earthformer.forecasters import members_of
 from pipelines import cli, runs, windows
@@ -252,6 +252,17 @@ def test_events_that_do_not_fit_are_refused_before_anything_is_made(event, messa
         plan(
             trainings["denoiser"], archive, "test", ensemble=Ensemble(members=2, events=asked), drawing=QUICK
         )
+
+
+def test_an_alignment_network_of_other_latents_is_refused(trainings, archive, tmp_path):
+    asked = config("alignment", trainings["autoencoder"])
+    other = dataclasses.replace(asked, model=dataclasses.replace(asked.model, normalise=False))
+    run = str(tmp_path / "alignment")
+    for _ in begun(other, archive, run, trainings["autoencoder"]).steps():
+        pass
+    runs.complete(run, other, runs.provenance(run))
+    with pytest.raises(InputError, match=r"was trained with normalise False: .* has True; needed the same"):
+        planned(trainings, archive, drawing=dataclasses.replace(QUICK, alignment=run))
 
 
 def test_other_windows_are_another_forecast(trainings, archive):

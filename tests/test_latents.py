@@ -1,5 +1,6 @@
 """Training on latents: what is stored, what each epoch sees of it, and that cut runs go on as they were."""
 
+import dataclasses
 import shutil
 
 import pytest
@@ -8,10 +9,12 @@ import tiny_prediff
 import torch
 from tiny_prediff import ALONE, begun, config, trained
 
+from earthformer.config import Scaling
 from pipelines import configs, journal, latents, loop, runs, windows
 from pipelines.archives import store, synthetic
 from pipelines.errors import InputError
 from pipelines.prepare import prepare
+from pipelines.tasks import Splits
 from pipelines.train import train
 
 
@@ -148,6 +151,17 @@ def test_what_does_not_fit_is_refused(archive, autoencoder, denoiser, tmp_path):
         configs.resolve("sevir-lr", trainable="denoisr")
     with pytest.raises(InputError, match=r"configuration key latent_versions|training"):
         config("denoiser", autoencoder, latent_versions=9)
+    asked = config("denoiser", autoencoder)
+    for name, value in (
+        ("scaling", Scaling(scale=0.5)),
+        ("splits", Splits(test_from="2019-06-01", val_fraction=0.1)),
+    ):
+        task = dataclasses.replace(asked.task, **{name: value})
+        with pytest.raises(InputError, match=rf"was trained with task.{name} .*: needed .*, as here"):
+            train(
+                dataclasses.replace(asked, task=task), archive, str(tmp_path / "run"), autoencoder=autoencoder
+            )
+    assert not (tmp_path / "run").exists()
     other = tiny_prediff.trained("autoencoder", archive, str(tmp_path / "other"), seed=5)
     asked = runs.open_run(denoiser).config
     with pytest.raises(InputError, match=r"was trained on autoencoder .*: needed the same autoencoder"):

@@ -555,12 +555,9 @@ def test_a_killed_command_resumes_where_it_was(tmp_path, raw, archive):
     Command(tmp_path).kill_when((url / "episode_id").exists)
     assert not (url / store.TEMPLATE).exists()
 
-    # Between a shard's data and its record, when others are done.
-    def unrecorded() -> list[int]:
-        return [n for n in range(EVENTS) if shards[n].exists() and not records[n].exists()]
-
-    Command(tmp_path).kill_when(lambda: sum(r.exists() for r in records) >= 2 and unrecorded())
-    # Should the record have slipped through, this is how it would have been found.
+    # When some shards are done.
+    Command(tmp_path).kill_when(lambda: sum(r.exists() for r in records) >= 2)
+    # Between a shard's data and its record: too short a moment to be hit, and this is how it is found.
     cut = max(n for n in range(EVENTS) if shards[n].exists())
     records[cut].unlink(missing_ok=True)
     done = [n for n in range(EVENTS) if n in store.records(str(url))]

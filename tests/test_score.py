@@ -417,8 +417,8 @@ def test_what_never_occurs_is_a_dash(cards):
 
 
 def test_two_runs_of_one_forecaster_are_told_apart(cards):
-    twins = [cards[1], dataclasses.replace(cards[1], run_hash="abcdef0123456789")]
-    assert labels(twins) == [f"earthformer {cards[1].run_hash[:6]}", "earthformer abcdef"]
+    twins = [cards[1], dataclasses.replace(cards[1], forecast_hash="abcdef0123456789")]
+    assert labels(twins) == [f"earthformer {cards[1].forecast_hash[:6]}", "earthformer abcdef"]
 
 
 def test_other_pools_are_not_tabled_together(cards):
