@@ -5,7 +5,7 @@ precision are its own affair. A uint8 field codes missing pixels as 255, a float
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -74,6 +74,9 @@ class Trainable(nn.Module, ABC):
     def parts(self) -> list[nn.Module]:
         """What has its gradient clipped by itself."""
         return [self]
+
+    def calibrate(self, batches: Iterable[dict[str, Tensor]]) -> None:
+        """What is to be measured on some training windows before the first step."""
 
     def after_step(self) -> None:
         """What is to be done after each optimiser step."""

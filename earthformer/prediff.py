@@ -5,7 +5,7 @@ the context's latents, and the autoencoder makes frames of them. Fields outside 
 units, as for every forecaster.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -120,18 +120,20 @@ class Latents(nn.Module):
         """What their latents (B, T, h, w, C) do not tell of scaled frames (B, T, H, W, C)."""
         return frames - self.autoencoder.decode(latents).float()
 
-    def posterior(self, batch: Batch, noise: Tensor) -> Tensor:
-        """A draw of the target's latents (B, T, h, w, C), scaled."""
-        z0 = posterior_sample(batch["target_mean"], batch["target_logvar"], noise)
-        return z0 / self.latent_std if self.normalise else z0
+    def whiten(self, latents: Tensor) -> Tensor:
+        """Latents (B, T, h, w, C) as diffusion sees them."""
+        return latents / self.latent_std if self.normalise else latents
+
+    def restore(self, z: Tensor) -> Tensor:
+        """The inverse of `whiten`."""
+        return z * self.latent_std if self.normalise else z
 
     def decode(self, latents: Tensor, detail: Tensor | float = 0.0) -> Tensor:
-        """Fields (B, T, H, W, C), float32 in the archive's own units, of scaled latents (B, T, h, w, C).
+        """Fields (B, T, H, W, C), float32 in the archive's own units, of latents (B, T, h, w, C).
 
         `detail` is added on the scaled fields.
         """
-        z = latents * self.latent_std if self.normalise else latents
-        scaled_fields = self.autoencoder.decode(z).float() + detail
+        scaled_fields = self.autoencoder.decode(latents).float() + detail
         if self.scaling.kind == "log":
             # The exponential would make hundreds of millimetres of what overshoots by a little.
             scaled_fields = scaled_fields.clamp(max=HIGHEST)
@@ -180,7 +182,9 @@ class PreDiff(TrainableByLoss):
         self.logvar = nn.Parameter(
             torch.zeros(config.diffusion.timesteps), requires_grad=config.diffusion.learn_logvar
         )
-        frames = config.denoiser.target[0]
+        frames, _, _, channels = config.denoiser.target
+        self.residual_std: Tensor
+        self.register_buffer("residual_std", torch.ones(frames, 1, 1, channels))
         self.detail_cross: Tensor
         self.detail_power: Tensor
         self.register_buffer("detail_cross", torch.zeros(frames, dtype=torch.float64))
@@ -207,6 +211,15 @@ class PreDiff(TrainableByLoss):
                 self.latents.moved(context, shape.target[0])
             )
         return found
+
+    @torch.no_grad()
+    def calibrate(self, batches: Iterable[Batch]) -> None:
+        """Measure by how much the target's latents differ from the moved context's, before training."""
+        if self.config.residual:
+            latents = [self.encode(batch) for batch in batches]
+            squares = [(each["target_mean"] - each["aligned"]).square().mean((2, 3)) for each in latents]
+            spread = torch.cat(squares).mean(0).sqrt().clamp_min(1e-6)  # (T, C)
+            self.residual_std.copy_(spread[:, None, None])
 
     def loss(self, batch: Batch, step: int = 0) -> Tensor:
         """The loss (PreDiff, Eq. 4; Ho et al., 2020), a scalar, with t and noise drawn anew."""
@@ -237,7 +250,11 @@ class PreDiff(TrainableByLoss):
     def _terms(
         self, denoiser: nn.Module, latents: Batch, t: Tensor, posterior: Tensor, noise: Tensor
     ) -> LossTerms:
-        z0 = self.latents.posterior(latents, posterior)
+        z = posterior_sample(latents["target_mean"], latents["target_logvar"], posterior)
+        if self.config.residual:
+            z0 = (z - latents["aligned"]) / self.residual_std
+        else:
+            z0 = self.latents.whiten(z)
         predicted = denoiser(
             self.diffusion.q_sample(z0, t, noise), t, latents["context_latents"], latents.get("aligned")
         )
@@ -307,7 +324,11 @@ class PreDiff(TrainableByLoss):
             self.sampling.steps,
             guide=guide,
         )
-        fields = torch.cat([self.latents.decode(z[None], detail) for z in drawn.latents])
+        if self.config.residual:
+            made = drawn.latents * self.residual_std + repeated["aligned"]
+        else:
+            made = self.latents.restore(drawn.latents)
+        fields = torch.cat([self.latents.decode(z[None], detail) for z in made])
         achieved = None
         if self.guide is not None:
             seen = self.latents.scaling.encode(fields)
@@ -355,7 +376,8 @@ class Constraint(TrainableByLoss):
         frames = scaled(batch["target"], self.latents.scaling)
         latents = self.latents.of_target(frames)
         mean = latents["target_mean"]
-        z0 = self.latents.posterior(latents, torch.randn_like(mean))
+        drawn = posterior_sample(mean, latents["target_logvar"], torch.randn_like(mean))
+        z0 = self.latents.whiten(drawn)
         t = torch.randint(self.config.diffusion.timesteps, mean.shape[:1], device=mean.device)
         error = self._error(z0, t, torch.randn_like(mean), frames)
         wanted = functional(frames, self.config.functional).mean((1, 2))
@@ -367,7 +389,7 @@ class Constraint(TrainableByLoss):
         frames = scaled(batch["target"], self.latents.scaling)
         latents = self.latents.of_target(frames)
         mean = latents["target_mean"]
-        z0 = self.latents.posterior(latents, torch.zeros_like(mean))
+        z0 = self.latents.whiten(mean)
         return self._error(z0, *seeded(seeds, self.config.diffusion.timesteps, mean), frames)
 
     @torch.no_grad()

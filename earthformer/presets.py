@@ -87,7 +87,12 @@ def _latents(autoencoder: AutoencoderConfig, context: int, target: int) -> tuple
 
 
 def _tiny_denoiser(
-    autoencoder: AutoencoderConfig, context: int, target: int, widths: tuple[int, ...], aligned: bool
+    autoencoder: AutoencoderConfig,
+    context: int,
+    target: int,
+    widths: tuple[int, ...],
+    aligned: bool = False,
+    residual: bool = False,
 ) -> PreDiffConfig:
     """Few data and few steps: it predicts velocity, and is shown the context moved along its motion."""
     known, made = _latents(autoencoder, context, target)
@@ -106,6 +111,7 @@ def _tiny_denoiser(
         DiffusionConfig(prediction="velocity"),
         ema_decay=0.995,
         normalise=True,
+        residual=residual,
         detail=aligned,
     )
 
@@ -142,11 +148,9 @@ DENOISERS: dict[str, PreDiffConfig] = {
         AUTOENCODERS["prediff_sevir_lr_tiny"], 3, 6, widths=(64, 96), aligned=True
     ),
     "prediff_radar_256": _tiny_denoiser(
-        AUTOENCODERS["prediff_radar_256"], 4, 12, widths=(32, 64, 96), aligned=True
+        AUTOENCODERS["prediff_radar_256"], 4, 12, widths=(32, 64, 96), aligned=True, residual=True
     ),
-    "prediff_enso_tiny": _tiny_denoiser(
-        AUTOENCODERS["prediff_enso_tiny"], 12, 14, widths=(64, 96), aligned=False
-    ),
+    "prediff_enso_tiny": _tiny_denoiser(AUTOENCODERS["prediff_enso_tiny"], 12, 14, widths=(64, 96)),
 }
 ALIGNMENTS: dict[str, AlignmentConfig] = {
     "prediff_sevir_lr": AlignmentConfig(target=(6, 16, 16, 64), widths=(128, 256), depth=(1, 1)),

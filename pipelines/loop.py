@@ -30,6 +30,9 @@ from pipelines.errors import InputError
 from pipelines.tasks import Task
 from pipelines.windows import Window
 
+CALIBRATION_WINDOWS = 64
+"""Training windows that are looked at before the first step, by trainables that measure something of them."""
+
 
 def accumulation(training: configs.Training, workers: int) -> int:
     """Micro-batches an optimiser step on each worker.
@@ -223,6 +226,9 @@ class Loop:
             InputError: loss, gradient or validation score is no finite number.
         """
         training, state = self.config.training, self.state
+        if state.step == 0:
+            order = windows.epoch_order(self.train_windows, training.seed, 0)
+            self.trainable.calibrate(self._read(order[:CALIBRATION_WINDOWS]))
         while not self._finished():
             for batches in self._batches():
                 self._step(batches)

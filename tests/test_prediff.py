@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from earthformer.config import Attention, FeedForward, Scaling
+from earthformer.diffusion import Diffusion
 from earthformer.prediff import Constraint, FrameAutoencoder, Guide, PreDiff, Sampling
 from earthformer.prediff_config import (
     AlignmentConfig,
@@ -258,3 +259,22 @@ def test_rain_rates_are_never_negative(batch):
     prediff = PreDiff(PreDiffConfig(DENOISER), AUTOENCODER, RAIN).eval()
     prediff.sampling = Sampling("ddim", 3)
     assert (prediff.forecast(batch["context"][:1].float() / 10, SEEDS) >= 0).all()
+
+
+def test_residuals_of_the_moved_context_start_with_the_right_spread(batch):
+    prediff = made(dataclasses.replace(DENOISER, aligned_channels=4), residual=True)
+    prediff.calibrate([{name: field[i : i + 2] for name, field in batch.items()} for i in (0, 2)])
+    latents = prediff.encode(batch)
+    residual = latents["target_mean"] - latents["aligned"]
+    expected = residual.square().mean((0, 2, 3)).sqrt()
+    torch.testing.assert_close(prediff.residual_std[:, 0, 0], expected)
+    # A denoiser that knows nothing predicts latents of 0: the moved context itself.
+    for parameter in prediff.ema.module.parameters():
+        torch.nn.init.zeros_(parameter)
+    still = dataclasses.replace(prediff.config.diffusion, prediction="sample")
+    prediff.diffusion = Diffusion(still)
+    found = prediff.forecast(batch["context"][:1], SEEDS)
+    moved = prediff.latents.decode(latents["aligned"][:1])
+    torch.testing.assert_close(found, moved[:, None].expand_as(found), rtol=1e-4, atol=1e-2)
+    with pytest.raises(ValueError, match=r"residual is True: needed denoiser.aligned_channels"):
+        PreDiffConfig(DENOISER, residual=True)
