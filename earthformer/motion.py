@@ -165,6 +165,13 @@ def warp(frame: Tensor, displacement: Tensor) -> Tensor:
     return moved[:, :, 0] if plain else moved.movedim(2, -1)
 
 
+def drifting(paths: Tensor, drift: Tensor) -> Tensor:
+    """Displacements (B, K, 2, H, W) of rain that also drifts off, by (B, 2) pixels a frame."""
+    lead = torch.arange(1, paths.shape[1] + 1, device=paths.device)
+    # The pixel comes from where the drift has not yet carried it.
+    return paths - (drift.to(paths)[:, None] * lead[:, None])[..., None, None]
+
+
 def advect(frame: Tensor, motion: Tensor, steps: int) -> Tensor:
     """A frame (B, H, W[, C]) carried along (B, 2, H, W) for 1 … `steps` frames: (B, steps, H, W[, C]).
 

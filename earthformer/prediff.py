@@ -21,6 +21,8 @@ from earthformer.forecasters import Members, TrainableByLoss, present, scaled
 from earthformer.prediff_config import AlignmentConfig, AutoencoderConfig, PreDiffConfig
 
 Batch = dict[str, Tensor]
+DRIFT = 0x5EED_0D21F7
+"""Keeps a member's drift apart from its noise, which follows from the same seed."""
 HIGHEST = 1.2
 """Scaled log-rate that no forecast exceeds: 250 mm/h by the radar task's scaling."""
 
@@ -108,12 +110,16 @@ class Latents(nn.Module):
         return mean
 
     @torch.no_grad()
-    def moved(self, context: Tensor, frames: int) -> Tensor:
-        """The last frame of a context (B, T, H, W, C), scaled, along its motion: (B, frames, H, W, C)."""
+    def moved(self, context: Tensor, frames: int, drift: Tensor) -> Tensor:
+        """The last frame of a context (B, T, H, W, C), scaled, along its motion: (B, frames, H, W, C).
+
+        It also drifts, by (B, 2) pixels a frame.
+        """
         field = scaled(context, self.scaling)
         # The edge of what was observed stands still, and is no motion.
         seen = field.masked_fill(~present(context), torch.nan)
-        return motion.advect(field[:, -1], motion.flow(seen[..., 0]), frames)
+        paths = motion.trajectories(motion.flow(seen[..., 0]), frames)
+        return motion.warp(field[:, -1], motion.drifting(paths, drift))
 
     @torch.no_grad()
     def lost(self, frames: Tensor, latents: Tensor) -> Tensor:
@@ -194,36 +200,41 @@ class PreDiff(TrainableByLoss):
 
     # ------------------------------------------------------------------------------------- training
 
-    def encode(self, batch: Batch) -> Batch:
-        """A batch of fields as latents; one of latents as it is."""
+    def encode(self, batch: Batch, seeds: Tensor) -> Batch:
+        """A batch of fields as latents, whose drift follows from seeds (B,); one of latents as it is."""
         if "target_mean" in batch:
             return {name: latents.float() for name, latents in batch.items()}
         target = self.latents.of_target(scaled(batch["target"], self.latents.scaling))
-        return {**target, **self.condition(batch["context"])}
+        return {**target, **self.condition(batch["context"], self.drift(seeds))}
+
+    def drift(self, seeds: Tensor) -> Tensor:
+        """Velocities (B, 2) in pixels a frame that follow from seeds (B,) alone."""
+        generators = [torch.Generator().manual_seed(seed ^ DRIFT) for seed in seeds.tolist()]
+        drawn = torch.stack([torch.randn(2, generator=generator) for generator in generators])
+        return self.config.drift * drawn.to(seeds.device)
 
     @torch.no_grad()
-    def condition(self, context: Tensor) -> Batch:
+    def condition(self, context: Tensor, drift: Tensor) -> Batch:
         """`context_latents` and, if configured, `aligned` (B, T, h, w, C) of a context (B, T, H, W, C)."""
         shape = self.config.denoiser
         found = {"context_latents": self.latents.of_context(context, shape.context[0])}
         if shape.aligned_channels:
-            found["aligned"], _ = self.latents.autoencoder.encode(
-                self.latents.moved(context, shape.target[0])
-            )
+            moved = self.latents.moved(context, shape.target[0], drift)
+            found["aligned"], _ = self.latents.autoencoder.encode(moved)
         return found
 
     @torch.no_grad()
     def calibrate(self, batches: Iterable[Batch]) -> None:
         """Measure by how much the target's latents differ from the moved context's, before training."""
         if self.config.residual:
-            latents = [self.encode(batch) for batch in batches]
+            latents = [self.encode(batch, _drawn(batch)) for batch in batches]
             squares = [(each["target_mean"] - each["aligned"]).square().mean((2, 3)) for each in latents]
             spread = torch.cat(squares).mean(0).sqrt().clamp_min(1e-6)  # (T, C)
             self.residual_std.copy_(spread[:, None, None])
 
     def loss(self, batch: Batch, step: int = 0) -> Tensor:
         """The loss (PreDiff, Eq. 4; Ho et al., 2020), a scalar, with t and noise drawn anew."""
-        latents = self.encode(batch)
+        latents = self.encode(batch, _drawn(batch))
         mean = latents["target_mean"]
         t = torch.randint(self.config.diffusion.timesteps, mean.shape[:1], device=mean.device)
         posterior, noise = torch.randn_like(mean), torch.randn_like(mean)
@@ -240,10 +251,10 @@ class PreDiff(TrainableByLoss):
     @torch.no_grad()
     def validation_loss(self, batch: Batch, seeds: Tensor) -> Tensor:
         """Error of the EMA weights' prediction (B,), of t and noise that each window's seed decides."""
-        latents = self.encode(batch)
+        latents = self.encode(batch, seeds)
         mean = latents["target_mean"]
         if self.config.detail:
-            self._weigh_detail(batch, latents)
+            self._weigh_detail(batch, latents, seeds)
         t, noise = seeded(seeds, self.config.diffusion.timesteps, mean)
         return self._terms(self.ema.module, latents, t, torch.zeros_like(mean), noise).simple
 
@@ -260,19 +271,28 @@ class PreDiff(TrainableByLoss):
         )
         return self.diffusion.loss_terms(predicted, z0, noise, t, self.logvar)
 
-    def _weigh_detail(self, batch: Batch, latents: Batch) -> None:
+    def _weigh_detail(self, batch: Batch, latents: Batch, seeds: Tensor) -> None:
         """Take in how much of the detail lost of the moved context is found in what is lost of the target."""
         lost = self.latents.lost(scaled(batch["target"], self.latents.scaling), latents["target_mean"])
-        moved = self.latents.moved(batch["context"], lost.shape[1])
+        moved = self.latents.moved(batch["context"], lost.shape[1], self.drift(seeds))
         detail = self.latents.lost(moved, latents["aligned"])
         self.detail_cross += (lost * detail).double().sum((0, 2, 3, 4))
         self.detail_power += detail.double().square().sum((0, 2, 3, 4))
 
-    def _detail(self, context: Tensor, condition: Batch) -> Tensor:
-        """What to add to scaled members, (B, T, H, W, C)."""
-        detail = self.latents.lost(self.latents.moved(context, len(self.detail_power)), condition["aligned"])
-        weight = (self.detail_cross / self.detail_power.clamp_min(1e-12)).clamp(0, 1)
-        return weight.float()[:, None, None, None] * detail
+    def _moving(self, context: Tensor, seeds: Tensor) -> Batch:
+        """Of the context (1, T, H, W, C) moved for each member: `aligned` and `detail`, as configured."""
+        found: Batch = {}
+        if self.config.denoiser.aligned_channels:
+            drift = self.drift(seeds)
+            moved = self.latents.moved(
+                context.expand(len(seeds), *context.shape[1:]), len(self.detail_power), drift
+            )
+            found["aligned"], _ = self.latents.autoencoder.encode(moved)
+            if self.config.detail:
+                weight = (self.detail_cross / self.detail_power.clamp_min(1e-12)).clamp(0, 1)
+                lost = self.latents.lost(moved, found["aligned"])
+                found["detail"] = weight.float()[:, None, None, None] * lost
+        return found
 
     # ------------------------------------------------------------------------------------- forecasts
 
@@ -282,20 +302,24 @@ class PreDiff(TrainableByLoss):
         The context is encoded once. A member is the same whatever it is batched with, up to float rounding.
         Missing pixels are as if nothing were there; all members of a context without any pixel are NaN.
         """
-        condition, requested = self.condition(context), None
-        detail = self._detail(context, condition) if self.config.detail else torch.zeros(())
+        known = {"context_latents": self.latents.of_context(context, self.config.denoiser.context[0])}
+        requested = None
         if self.guide is not None:
             requested = self.guide.constraint.request(context, self.guide.deviations)
+        moving = self._moving(context, seeds[0, :1]) if not self.config.drift else None
         for first in range(0, seeds.shape[1], batch):
-            some = self._some(condition, seeds[:, first : first + batch], requested, detail)
+            some = seeds[:, first : first + batch]
+            moved = self._moving(context, some[0]) if moving is None else moving
+            made = self._some({**known, **moved}, some, requested)
             if not present(context).any():
-                some.fields.fill_(torch.nan)
-            yield some
+                made.fields.fill_(torch.nan)
+            yield made
 
     @torch.no_grad()
-    def _some(self, condition: Batch, seeds: Tensor, requested: Tensor | None, detail: Tensor) -> Members:
-        b, m = seeds.shape
-        repeated = {name: latents.repeat_interleave(m, 0) for name, latents in condition.items()}
+    def _some(self, condition: Batch, seeds: Tensor, requested: Tensor | None) -> Members:
+        m = seeds.shape[1]
+        # What is the same for all members has one row.
+        repeated = {name: each.expand(m, *each.shape[1:]) for name, each in condition.items()}
         autocast = torch.autocast(
             condition["context_latents"].device.type,
             dtype=torch.bfloat16,
@@ -310,7 +334,7 @@ class PreDiff(TrainableByLoss):
 
         guide = None
         if self.guide is not None and requested is not None:
-            wanted, strength = requested.repeat_interleave(m, 0), self.guide.strength
+            wanted, strength = requested.expand(m), self.guide.strength
             network = self.guide.constraint.network
 
             def guide(z: Tensor, t: Tensor) -> Tensor:
@@ -328,13 +352,16 @@ class PreDiff(TrainableByLoss):
             made = drawn.latents * self.residual_std + repeated["aligned"]
         else:
             made = self.latents.restore(drawn.latents)
-        fields = torch.cat([self.latents.decode(z[None], detail) for z in made])
+        detail = repeated.get("detail", torch.zeros(m))
+        fields = torch.cat(
+            [self.latents.decode(z[None], added) for z, added in zip(made, detail, strict=True)]
+        )
         achieved = None
         if self.guide is not None:
             seen = self.latents.scaling.encode(fields)
             achieved = functional(seen, self.guide.constraint.config.functional).mean((1, 2))
-            achieved = achieved.reshape(b, m)
-        return Members(torch.unflatten(fields, 0, (b, m)), achieved, requested)
+            achieved = achieved[None]
+        return Members(fields[None], achieved, requested)
 
     def forecast(self, context: Tensor, seeds: Tensor) -> Tensor:
         """Members (B, M, T_out, H, W, C), float32 in the units of `context` (B, T_in, H, W, C)."""
@@ -409,6 +436,11 @@ class Constraint(TrainableByLoss):
     def _seen(self, context: Tensor) -> Tensor:
         field = scaled(context[:, -self.config.context_frames :], self.latents.scaling)
         return functional(field, self.config.functional)[..., 0]
+
+
+def _drawn(batch: Batch) -> Tensor:
+    """Seeds (B,) from the generator that training seeds at every step."""
+    return torch.randint(2**31, (len(next(iter(batch.values()))),))
 
 
 def seeded(seeds: Tensor, timesteps: int, like: Tensor) -> tuple[Tensor, Tensor]:

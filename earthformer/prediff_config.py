@@ -1,5 +1,6 @@
 """Frozen configurations of PreDiff's networks (Gao et al., 2023) and of the diffusion that binds them."""
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -233,13 +234,18 @@ class PreDiffConfig:
     """Draw the difference between the target's latents and those of the context moved along its motion, each
     lead time and channel brought to a standard deviation of 1; not in the paper. Where data are few, the
     spread is right from the start at every lead time. Knowledge alignment needs whole latents."""
+    drift: float = 0.0
+    """Standard deviation, in pixels a frame and along each axis, of a velocity added to the moved context's:
+    another one for each member, and for each window in training. Not in the paper. Members then differ by an
+    error of the motion even where training has not shown one."""
     detail: bool = False
     """Give members the detail back that the autoencoder loses of the context moved along its motion, at each
     lead time by the weight that validation finds best; not in the paper, whose autoencoder loses little."""
 
     def __post_init__(self) -> None:
         need(0 <= self.ema_decay < 1, "ema_decay", self.ema_decay, "a fraction from 0 to below 1")
-        for name in ("residual", "detail"):
+        need(0 <= self.drift < math.inf, "drift", self.drift, "at least 0 pixels a frame")
+        for name in ("residual", "drift", "detail"):
             moved = not getattr(self, name) or self.denoiser.aligned_channels > 0
             need(moved, name, getattr(self, name), "denoiser.aligned_channels beside it")
 

@@ -93,6 +93,7 @@ def _tiny_denoiser(
     widths: tuple[int, ...],
     aligned: bool = False,
     residual: bool = False,
+    drift: float = 0.0,
 ) -> PreDiffConfig:
     """Few data and few steps: it predicts velocity, and is shown the context moved along its motion."""
     known, made = _latents(autoencoder, context, target)
@@ -112,6 +113,7 @@ def _tiny_denoiser(
         ema_decay=0.995,
         normalise=True,
         residual=residual,
+        drift=drift,
         detail=aligned,
     )
 
@@ -131,7 +133,7 @@ AUTOENCODERS: dict[str, AutoencoderConfig] = {
         frame=(256, 256, 1),
         widths=(16, 32, 32, 64),
         layers=1,
-        latent_channels=8,
+        latent_channels=16,
         groups=8,
         frames_per_window=1,
         crop=128,
@@ -148,7 +150,13 @@ DENOISERS: dict[str, PreDiffConfig] = {
         AUTOENCODERS["prediff_sevir_lr_tiny"], 3, 6, widths=(64, 96), aligned=True
     ),
     "prediff_radar_256": _tiny_denoiser(
-        AUTOENCODERS["prediff_radar_256"], 4, 12, widths=(32, 64, 96), aligned=True, residual=True
+        AUTOENCODERS["prediff_radar_256"],
+        4,
+        12,
+        widths=(32, 64, 96),
+        aligned=True,
+        residual=True,
+        drift=0.7,
     ),
     "prediff_enso_tiny": _tiny_denoiser(AUTOENCODERS["prediff_enso_tiny"], 12, 14, widths=(64, 96)),
 }

@@ -150,12 +150,9 @@ class Displaced(_Moving):
     def _members(self, frames: Tensor, seeds: Tensor) -> Tensor:
         paths = motion.trajectories(self._flow(frames), self.task.target)
         drift = np.array([[_generator(seed).normal(0, SPREAD, 2) for seed in row] for row in seeds.tolist()])
-        lead = torch.arange(1, self.task.target + 1)[:, None]
-        # (B, M, T_out, 2): the pixel comes from where the drift has not yet carried it.
-        shift = torch.from_numpy(drift).float()[:, :, None] * lead
         last = frames[:, -1].nan_to_num()
-        members = [motion.warp(last, paths - one[..., None, None]) for one in shift.unbind(1)]
-        return torch.stack(members, 1)
+        each = torch.from_numpy(drift).float().unbind(1)
+        return torch.stack([motion.warp(last, motion.drifting(paths, one)) for one in each], 1)
 
 
 class Steps(_Moving):

@@ -153,7 +153,7 @@ class _Encoder:
         shard = int(row["shard"])
         place = slice(shard * SHARD_WINDOWS, min((shard + 1) * SHARD_WINDOWS, len(self.keys)))
         found: dict[str, list[np.ndarray]] = {}
-        for key in self.keys[place]:
+        for number, key in enumerate(self.keys[place], place.start):
             pixels = windows.read(self.task, self.archive, [key])
             versions = [
                 {
@@ -162,7 +162,8 @@ class _Encoder:
                 }
                 for turn in range(self.versions)
             ]
-            encoded = [self.module.encode(version) for version in versions]
+            seeds = torch.arange(self.versions) + number * self.versions
+            encoded = [self.module.encode(each, s[None]) for each, s in zip(versions, seeds, strict=True)]
             for name in encoded[0]:
                 each = torch.cat([latents[name] for latents in encoded])
                 found.setdefault(name, []).append(each.half().cpu().numpy())

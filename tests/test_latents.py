@@ -46,10 +46,11 @@ def test_stored_latents_are_the_windows_turned_and_mirrored(archive, denoiser):
     for epoch in (0, 1, 2, 3):
         (batch,) = latents.batches(latents.store_of(denoiser), wanted, 3, epoch, ALONE.device)
         for i, key in enumerate(wanted):
-            turn = (keys.index(key) + epoch) % 3
+            row = keys.index(key)
+            turn = (row + epoch) % 3
             pixels = windows.read(asked.task, opened, [key])
             turned = {n: latents.turned(torch.from_numpy(p[0]), turn)[None] for n, p in pixels.items()}
-            for name, expected in module.encode(turned).items():
+            for name, expected in module.encode(turned, torch.tensor([3 * row + turn])).items():
                 torch.testing.assert_close(batch[name][i].float(), expected[0], rtol=2e-3, atol=2e-3)
 
 

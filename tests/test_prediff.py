@@ -92,7 +92,7 @@ def test_training_lowers_the_loss_and_leaves_the_autoencoder(batch):
 @pytest.mark.parametrize("channels", [0, 4])
 def test_latents_encoded_before_give_the_same_loss(batch, channels):
     prediff = made(dataclasses.replace(DENOISER, aligned_channels=channels))
-    latents = prediff.encode(batch)
+    latents = prediff.encode(batch, torch.arange(4))
     assert ("aligned" in latents) == (channels > 0)
     losses = []
     for given in (batch, latents):
@@ -155,7 +155,7 @@ def test_detail_of_the_moved_context_comes_back_as_far_as_it_lasts(batch):
     weight = prediff.detail_cross / prediff.detail_power
     assert (weight > 0.5).all()
     latents = prediff.latents
-    moved = latents.moved(context, 2)
+    moved = latents.moved(context, 2, torch.zeros(1, 2))
     found = prediff.forecast(context, SEEDS) - plain.forecast(context, SEEDS)
     lost = moved - latents.autoencoder.decode(latents.autoencoder.encode(moved)[0])
     expected = 255 * weight.float().clamp(0, 1)[:, None, None, None] * lost
@@ -261,10 +261,34 @@ def test_rain_rates_are_never_negative(batch):
     assert (prediff.forecast(batch["context"][:1].float() / 10, SEEDS) >= 0).all()
 
 
+def test_each_member_drifts_by_its_own_seed_however_it_is_batched(batch):
+    aligned = dataclasses.replace(DENOISER, aligned_channels=4)
+    prediff = made(aligned, residual=True, drift=0.5)
+    prediff.sampling = Sampling("ddim", 3)
+    drift = prediff.drift(torch.arange(4000))
+    assert drift.std().item() == pytest.approx(0.5, rel=0.05)
+    assert drift.mean().abs() < 0.03
+    noise = torch.stack([torch.randn(2, generator=torch.Generator().manual_seed(s)) for s in range(4000)])
+    assert (drift.T @ noise / 4000).abs().max() < 0.05
+    # Without any residual a member is the context along its motion and its drift.
+    prediff.residual_std.zero_()
+    context = batch["context"][:1]
+    whole = prediff.forecast(context, SEEDS)
+    latents = prediff.latents
+    moved = latents.moved(context.expand(5, *context.shape[1:]), 2, prediff.drift(SEEDS[0]))
+    expected = latents.decode(latents.autoencoder.encode(moved)[0])
+    torch.testing.assert_close(whole[0], expected, rtol=1e-4, atol=1e-2)
+    assert (whole.std(1).mean((0, 2, 3, 4)).diff() > 0).all()
+    singly = [part.fields for part in prediff.members(context, SEEDS.flip(1), 1)]
+    torch.testing.assert_close(torch.cat(singly, 1).flip(1), whole, rtol=1e-4, atol=1e-2)
+    with pytest.raises(ValueError, match=r"drift is 0.5: needed denoiser.aligned_channels"):
+        PreDiffConfig(DENOISER, drift=0.5)
+
+
 def test_residuals_of_the_moved_context_start_with_the_right_spread(batch):
     prediff = made(dataclasses.replace(DENOISER, aligned_channels=4), residual=True)
     prediff.calibrate([{name: field[i : i + 2] for name, field in batch.items()} for i in (0, 2)])
-    latents = prediff.encode(batch)
+    latents = prediff.encode(batch, torch.arange(4))
     residual = latents["target_mean"] - latents["aligned"]
     expected = residual.square().mean((0, 2, 3)).sqrt()
     torch.testing.assert_close(prediff.residual_std[:, 0, 0], expected)
