@@ -1,9 +1,6 @@
 """Gaussian diffusion over latents: noise schedule, training objective and samplers (PreDiff, Sec. 3.1).
 
-Samplers are diffusers' schedulers. Each runs on the schedule that its few steps leave of the trained one
-(the kept timesteps' ᾱ, in float64), so that any number of steps fits and the last one ends in clean latents;
-with all steps `ddpm` is the published sampler. Schedulers are given ẑ0, the predicted clean latents, so that
-clamping and guidance act alike in all of them.
+Samplers are given ẑ0, the predicted clean latents, so that clamping and guidance act alike in all of them.
 
 Guidance. PreDiff shifts the mean of each DDPM step by -σ_t G, with σ_t the step's standard deviation. That
 mean is c1_t ẑ0 + c2_t z_t, so the shift is the same as ẑ0 ← ẑ0 - (σ_t / c1_t) G, which for the predicted
@@ -14,24 +11,21 @@ as it is. Shifting the means of fewer, longer steps by their σ would weaken it 
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from difflib import get_close_matches
-from typing import Any, Self
+from typing import Self
 
 import torch
 from torch import Tensor, nn
 
 from earthformer.config import FieldShape, need
 from earthformer.prediff_config import DiffusionConfig
+from earthformer.samplers import Stepper, check_sampler, member_noise, spaced, step_variance
 
 Denoise = Callable[[Tensor, Tensor], Tensor]
 """(z (N, T, H, W, C), t (N,) int64) -> what the denoiser predicts, of z's shape."""
 Guide = Callable[[Tensor, Tensor], Tensor]
 """(z (N, T, H, W, C), t (N,) int64) -> the gradient to descend, scale included, of z's shape."""
-
-SAMPLERS = ("ddpm", "ddim", "dpm++", "unipc")
-"""DDPM; DDIM without noise; DPM-Solver++, 2M; UniPC of order 2."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +77,7 @@ class Diffusion(nn.Module):
         alphas = 1 - self._betas
         bars = torch.cumprod(alphas, 0)
         previous = torch.cat([torch.ones(1, dtype=bars.dtype), bars[:-1]])
-        variance = _variance(self._betas, bars, previous, config.variance)
+        variance = step_variance(self._betas, bars, previous, config.variance)
         log_variance = variance.clamp(min=1e-20).log()
         coef1 = self._betas * previous.sqrt() / (1 - bars)
         derived = {
@@ -254,106 +248,11 @@ class Diffusion(nn.Module):
         Raises:
             ValueError: unknown sampler; steps below 1 or above the schedule's.
         """
-        if sampler not in SAMPLERS:
-            near = get_close_matches(sampler.lower(), SAMPLERS, n=1, cutoff=0.0)[0]
-            raise ValueError(
-                f"sampler is {sampler!r}: needed one of {', '.join(SAMPLERS)} (the nearest is {near})"
-            )
+        check_sampler(sampler)
         length = self.config.timesteps
         needed = f"a whole number from 1 to {length}, the timesteps of the schedule"
         need(isinstance(steps, int) and 1 <= steps <= length, "steps", steps, needed)
-        return Stepper(sampler, _spaced(steps, length), self._betas, self.config.variance)
-
-
-class Stepper:
-    """The steps of one run of a sampler, first to last; it remembers what multistep samplers need."""
-
-    def __init__(self, sampler: str, ascending: Sequence[int], betas: Tensor, variance: float) -> None:
-        self.timesteps = tuple(reversed(ascending))
-        """Trained timesteps at which the denoiser is called, descending."""
-        self.steps = len(self.timesteps)
-        self.stochastic = sampler == "ddpm"
-        self._eta = {"ddpm": 1.0, "ddim": 0.0}.get(sampler)
-        bars = torch.cumprod(1 - betas, 0)[list(ascending)]
-        previous = torch.cat([torch.ones(1, dtype=bars.dtype), bars[:-1]])
-        kept = 1 - bars / previous
-        self._scheduler = _scheduler(sampler, kept)
-        # Stock schedulers hold ᾱ in float32, by which the last steps are off by 5e-5.
-        self._scheduler.alphas_cumprod = bars
-        self._scheduler.set_timesteps(self.steps)
-        if self._eta is None:
-            sigmas = ((1 - bars) / bars).sqrt().flip(0)
-            self._scheduler.sigmas = torch.cat([sigmas, torch.zeros(1, dtype=sigmas.dtype)])
-            self._scheduler.set_begin_index(0)
-        # The scheduler's noise has the posterior's variance: another is the same noise, scaled.
-        least, wanted = (_variance(kept, bars, previous, v) for v in (0.0, variance))
-        self._noise_scale = torch.cat([torch.zeros(1), (wanted[1:] / least[1:]).sqrt()])
-
-    @torch.no_grad()
-    def update(self, step: int, z: Tensor, z0: Tensor, noise: Tensor | None = None) -> Tensor:
-        """Latents after a step, of z's shape, float32.
-
-        Args:
-            step: 0 to `steps` - 1; other samplers than `ddpm` and `ddim` need them in this order.
-            z: latents before the step.
-            z0: the clean latents predicted from them.
-            noise: standard normal, of z's shape, for `ddpm`; the last step takes none.
-        """
-        level = self.steps - 1 - step
-        options: dict[str, Any] = {}
-        if self._eta is not None:
-            scaled = torch.zeros(()) if noise is None else noise * self._noise_scale[level]
-            options = {"eta": self._eta, "variance_noise": scaled}
-        moved: Tensor = self._scheduler.step(z0, level, z, return_dict=False, **options)[0]
-        return moved
-
-
-def _scheduler(sampler: str, betas: Tensor) -> Any:
-    # Importing diffusers takes seconds, which only those who sample should spend.
-    from diffusers.schedulers.scheduling_ddim import DDIMScheduler
-    from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
-    from diffusers.schedulers.scheduling_unipc_multistep import UniPCMultistepScheduler
-
-    schedule = {
-        "num_train_timesteps": len(betas),
-        "trained_betas": betas.tolist(),
-        "prediction_type": "sample",
-    }
-    if sampler in ("ddpm", "ddim"):
-        return DDIMScheduler(clip_sample=False, set_alpha_to_one=True, **schedule)
-    multistep = DPMSolverMultistepScheduler if sampler == "dpm++" else UniPCMultistepScheduler
-    return multistep(solver_order=2, timestep_spacing="trailing", **schedule)
-
-
-def member_noise(shape: FieldShape, seeds: Tensor, device: torch.device) -> Iterator[Tensor]:
-    """Standard normal noise (N, T, H, W, C), float32, without end: each member's from its seed alone.
-
-    It is drawn on the CPU, so that it is the same for any device.
-
-    Raises:
-        ValueError: impossible shape or seeds.
-    """
-    sizes = tuple(shape)
-    need(len(sizes) == 4 and min(sizes) >= 1, "shape", sizes, "(T, H, W, C) of whole numbers from 1")
-    known = seeds.dtype == torch.int64 and seeds.ndim == 1 and len(seeds) >= 1
-    need(known, "seeds", f"{tuple(seeds.shape)} {seeds.dtype}", "(N,) int64, of at least one member")
-    generators = [_generator(seed) for seed in seeds.tolist()]
-
-    def draws() -> Iterator[Tensor]:
-        while True:
-            noise = torch.empty(len(generators), *sizes)
-            for member, generator in zip(noise, generators, strict=True):
-                member.normal_(generator=generator)
-            yield noise.to(device)
-
-    return draws()
-
-
-def _generator(seed: int) -> torch.Generator:
-    generator = torch.Generator().manual_seed(seed)
-    # It keeps 32 bits of the seed; 16 of the others say how far into that stream the member begins.
-    torch.empty(seed >> 32 & 0xFFFF, dtype=torch.int32).random_(generator=generator)
-    return generator
+        return Stepper(sampler, spaced(steps, length), self._betas, self.config.variance)
 
 
 # ---------------------------------------------------------------------------- exponential moving average
@@ -408,11 +307,6 @@ def _betas(config: DiffusionConfig) -> Tensor:
     return betas.sqrt() if config.schedule == "sqrt" else betas
 
 
-def _variance(betas: Tensor, bars: Tensor, previous: Tensor, fraction: float) -> Tensor:
-    """Of a step's noise: `fraction` of the way from the posterior's to beta."""
-    return (1 - fraction) * betas * (1 - previous) / (1 - bars) + fraction * betas
-
-
 def _vlb_weights(config: DiffusionConfig, betas: Tensor, bars: Tensor, variance: Tensor) -> Tensor:
     # As published, of values already rounded: 1 - ᾱ loses up to four digits by that.
     alphas, betas, bars, variance = (values.float() for values in (1 - betas, betas, bars, variance))
@@ -425,15 +319,6 @@ def _vlb_weights(config: DiffusionConfig, betas: Tensor, bars: Tensor, variance:
             weights = weights * bars
     # The posterior at t = 0 has no variance: it counts as t = 1.
     return torch.cat([weights[1:2], weights[1:]])
-
-
-def _spaced(steps: int, length: int) -> list[int]:
-    """Timesteps kept of `length`, ascending: quadratic in the step from the noisiest, none left out near 0.
-
-    Evenly spaced, the last step would begin at length / steps, where noise still outweighs small details: in
-    20 steps `dpm++` then makes what should vary by 0.1 vary 28 % too little, and spaced like this 5 %.
-    """
-    return [max(i, round(length * ((i + 1) / steps) ** 2) - 1) for i in range(steps)]
 
 
 # ---------------------------------------------------------------------------- tensors

@@ -11,139 +11,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from earthformer import motion
-from earthformer.alignment import AlignmentNetwork, GaussianFunctional, functional, guidance
-from earthformer.autoencoder import Autoencoder, AutoencoderTraining, posterior_sample
+from earthformer.alignment import functional, guidance
+from earthformer.autoencoder import posterior_sample
 from earthformer.config import Scaling, need
+from earthformer.constraint import Constraint
 from earthformer.denoiser import Denoiser
 from earthformer.diffusion import Diffusion, Ema, LossTerms
 from earthformer.forecasters import Members, TrainableByLoss, present, scaled
-from earthformer.prediff_config import AlignmentConfig, AutoencoderConfig, PreDiffConfig
+from earthformer.latents import Batch, Latents, seeded
+from earthformer.prediff_config import AutoencoderConfig, PreDiffConfig
 
-Batch = dict[str, Tensor]
 DRIFT = 0x5EED_0D21F7
 """Keeps a member's drift apart from its noise, which follows from the same seed."""
-HIGHEST = 1.2
-"""Scaled log-rate that no forecast exceeds: 250 mm/h by the radar task's scaling."""
-
-
-class FrameAutoencoder(TrainableByLoss):
-    """Trains the autoencoder on frames of context and target alike (PreDiff, App. B.1)."""
-
-    def __init__(self, config: AutoencoderConfig, scaling: Scaling) -> None:
-        super().__init__()
-        self.objective = AutoencoderTraining(config)
-        self.scaling = scaling
-        self.latent_std: Tensor
-        self.register_buffer("latent_std", torch.ones(config.latent_channels))
-        self.latent_sums: Tensor
-        sums = torch.zeros(3, config.latent_channels, dtype=torch.float64)
-        self.register_buffer("latent_sums", sums, persistent=False)
-
-    @property
-    def autoencoder(self) -> Autoencoder:
-        """The network that training is for."""
-        return self.objective.autoencoder
-
-    def parts(self) -> list[nn.Module]:
-        """Autoencoder and discriminator."""
-        return list(self.objective.parts())
-
-    def loss(self, batch: Batch, step: int = 0) -> Tensor:
-        """The loss of optimiser step `step`, scalar: its gradient is right for both networks at once."""
-        frames = self._frames(batch)
-        config = self.objective.config
-        frames = frames[:, torch.randperm(frames.shape[1])[: config.frames_per_window].to(frames.device)]
-        if config.crop is not None:
-            y, x = (int(torch.randint(n - config.crop + 1, ())) for n in frames.shape[2:4])
-            frames = frames[:, :, y : y + config.crop, x : x + config.crop]
-        return self.objective.loss({"frames": frames}, step)
-
-    def validation_sums(self) -> list[Tensor]:
-        """Number, sum and sum of squares of the latents of each channel."""
-        return [self.latent_sums]
-
-    def after_validation(self) -> None:
-        """Keep the scale by which a diffusion model brings the latents to a standard deviation of 1."""
-        count, total, squares = self.latent_sums
-        variance = squares / count - (total / count).square()
-        self.latent_std.copy_(variance.clamp_min(1e-12).sqrt())
-
-    @torch.no_grad()
-    def validation_loss(self, batch: Batch, seeds: Tensor) -> Tensor:
-        """Mean absolute error of the reconstruction from the posterior's mode, scaled, (B,)."""
-        frames = self._frames(batch)
-        mean, _ = self.objective.autoencoder.encode(frames)
-        latents = mean.double().flatten(0, 3)
-        ones = torch.ones_like(latents[0])
-        self.latent_sums += torch.stack([len(latents) * ones, latents.sum(0), latents.square().sum(0)])
-        return (self.objective.autoencoder.decode(mean) - frames).abs().flatten(1).mean(1)
-
-    def _frames(self, batch: Batch) -> Tensor:
-        return scaled(torch.cat([batch["context"], batch["target"]], 1), self.scaling)
-
-
-class Latents(nn.Module):
-    """From fields to latents and back, by a trained autoencoder that is trained no further.
-
-    With `normalise` the target's latents are brought to a standard deviation of 1 in each channel; the
-    published model leaves them (a scale of 1), and never scales those of the context.
-    """
-
-    def __init__(self, config: AutoencoderConfig, scaling: Scaling, normalise: bool) -> None:
-        super().__init__()
-        self.autoencoder = Autoencoder(config).requires_grad_(False)
-        self.scaling, self.normalise = scaling, normalise
-        self.latent_std: Tensor
-        self.register_buffer("latent_std", torch.ones(config.latent_channels))
-
-    @torch.no_grad()
-    def of_target(self, frames: Tensor) -> Batch:
-        """`target_mean` and `target_logvar` (B, T, h, w, C) of scaled frames (B, T, H, W, C)."""
-        mean, logvar = self.autoencoder.encode(frames)
-        return {"target_mean": mean, "target_logvar": logvar}
-
-    @torch.no_grad()
-    def of_context(self, context: Tensor, frames: int) -> Tensor:
-        """Latents (B, frames, h, w, C) of the last frames of a context (B, T, H, W, C)."""
-        mean, _ = self.autoencoder.encode(scaled(context[:, -frames:], self.scaling))
-        return mean
-
-    @torch.no_grad()
-    def moved(self, context: Tensor, frames: int, drift: Tensor) -> Tensor:
-        """The last frame of a context (B, T, H, W, C), scaled, along its motion: (B, frames, H, W, C).
-
-        It also drifts, by (B, 2) pixels a frame.
-        """
-        field = scaled(context, self.scaling)
-        # The edge of what was observed stands still, and is no motion.
-        seen = field.masked_fill(~present(context), torch.nan)
-        paths = motion.trajectories(motion.flow(seen[..., 0]), frames)
-        return motion.warp(field[:, -1], motion.drifting(paths, drift))
-
-    @torch.no_grad()
-    def lost(self, frames: Tensor, latents: Tensor) -> Tensor:
-        """What their latents (B, T, h, w, C) do not tell of scaled frames (B, T, H, W, C)."""
-        return frames - self.autoencoder.decode(latents).float()
-
-    def whiten(self, latents: Tensor) -> Tensor:
-        """Latents (B, T, h, w, C) as diffusion sees them."""
-        return latents / self.latent_std if self.normalise else latents
-
-    def restore(self, z: Tensor) -> Tensor:
-        """The inverse of `whiten`."""
-        return z * self.latent_std if self.normalise else z
-
-    def decode(self, latents: Tensor, detail: Tensor | float = 0.0) -> Tensor:
-        """Fields (B, T, H, W, C), float32 in the archive's own units, of latents (B, T, h, w, C).
-
-        `detail` is added on the scaled fields.
-        """
-        scaled_fields = self.autoencoder.decode(latents).float() + detail
-        if self.scaling.kind == "log":
-            # The exponential would make hundreds of millimetres of what overshoots by a little.
-            scaled_fields = scaled_fields.clamp(max=HIGHEST)
-        return self.scaling.decode(scaled_fields)
 
 
 @dataclass(frozen=True)
@@ -159,7 +38,7 @@ class Sampling:
 class Guide:
     """Knowledge alignment: a trained constraint, and how far from its mean the forecast is asked to be."""
 
-    constraint: "Constraint"
+    constraint: Constraint
     deviations: float
     """n of mu + n sigma (PreDiff, Sec. 4.2)."""
     strength: float = 50.0
@@ -280,7 +159,7 @@ class PreDiff(TrainableByLoss):
         self.detail_power += detail.double().square().sum((0, 2, 3, 4))
 
     def _moving(self, context: Tensor, seeds: Tensor) -> Batch:
-        """Of the context (1, T, H, W, C) moved for each member: `aligned` and `detail`, as configured."""
+        """Of the context (1, T, H, W, C) moved for each member: `aligned`, `detail` and `like`."""
         found: Batch = {}
         if self.config.denoiser.aligned_channels:
             drift = self.drift(seeds)
@@ -292,6 +171,8 @@ class PreDiff(TrainableByLoss):
                 weight = (self.detail_cross / self.detail_power.clamp_min(1e-12)).clamp(0, 1)
                 lost = self.latents.lost(moved, found["aligned"])
                 found["detail"] = weight.float()[:, None, None, None] * lost
+            if self.config.match:
+                found["like"] = moved
         return found
 
     # ------------------------------------------------------------------------------------- forecasts
@@ -352,16 +233,19 @@ class PreDiff(TrainableByLoss):
             made = drawn.latents * self.residual_std + repeated["aligned"]
         else:
             made = self.latents.restore(drawn.latents)
-        detail = repeated.get("detail", torch.zeros(m))
-        fields = torch.cat(
-            [self.latents.decode(z[None], added) for z, added in zip(made, detail, strict=True)]
-        )
+        fields = torch.cat([self._decoded(made, repeated, one) for one in range(m)])
         achieved = None
         if self.guide is not None:
             seen = self.latents.scaling.encode(fields)
             achieved = functional(seen, self.guide.constraint.config.functional).mean((1, 2))
             achieved = achieved[None]
         return Members(fields[None], achieved, requested)
+
+    def _decoded(self, latents: Tensor, condition: Batch, member: int) -> Tensor:
+        """Fields (1, T, H, W, C) of one member: decoding many at once would take much memory."""
+        one = slice(member, member + 1)
+        detail, like = (condition[name][one] if name in condition else None for name in ("detail", "like"))
+        return self.latents.decode(latents[one], 0.0 if detail is None else detail, like)
 
     def forecast(self, context: Tensor, seeds: Tensor) -> Tensor:
         """Members (B, M, T_out, H, W, C), float32 in the units of `context` (B, T_in, H, W, C)."""
@@ -372,82 +256,6 @@ class PreDiff(TrainableByLoss):
         return torch.cat(each)
 
 
-class Constraint(TrainableByLoss):
-    """The alignment network on noisy latents, and what a future after some context is expected to have.
-
-    Trained side by side: the network reads the functional of each target frame off noisy latents (PreDiff,
-    Sec. 3.3), the Gaussian model gives the functional's mean and spread given that of the context frames
-    (Sec. 4.2).
-    """
-
-    def __init__(self, config: AlignmentConfig, autoencoder: AutoencoderConfig, scaling: Scaling) -> None:
-        """
-        Raises:
-            ValueError: the network's latents are not the autoencoder's.
-        """
-        super().__init__()
-        found, needed = config.target[1:], autoencoder.latent
-        need(found == needed, "target (H, W, C)", found, f"{needed}, the autoencoder's latents")
-        self.config = config
-        self.latents = Latents(autoencoder, scaling, config.normalise)
-        self.network = AlignmentNetwork(config)
-        self.gaussian = GaussianFunctional(config.context_frames)
-        self.diffusion = Diffusion(config.diffusion)
-
-    def parts(self) -> list[nn.Module]:
-        """What has its gradient clipped by itself."""
-        return [self.network, self.gaussian]
-
-    def loss(self, batch: Batch, step: int = 0) -> Tensor:
-        """Squared error of the network at random t, plus the Gaussian's negative log-likelihood."""
-        frames = scaled(batch["target"], self.latents.scaling)
-        latents = self.latents.of_target(frames)
-        mean = latents["target_mean"]
-        drawn = posterior_sample(mean, latents["target_logvar"], torch.randn_like(mean))
-        z0 = self.latents.whiten(drawn)
-        t = torch.randint(self.config.diffusion.timesteps, mean.shape[:1], device=mean.device)
-        error = self._error(z0, t, torch.randn_like(mean), frames)
-        wanted = functional(frames, self.config.functional).mean((1, 2))
-        return error.mean() + self.gaussian.loss(self._seen(batch["context"]), wanted)
-
-    @torch.no_grad()
-    def validation_loss(self, batch: Batch, seeds: Tensor) -> Tensor:
-        """Squared error of the network (B,), of t and noise that each window's seed decides."""
-        frames = scaled(batch["target"], self.latents.scaling)
-        latents = self.latents.of_target(frames)
-        mean = latents["target_mean"]
-        z0 = self.latents.whiten(mean)
-        return self._error(z0, *seeded(seeds, self.config.diffusion.timesteps, mean), frames)
-
-    @torch.no_grad()
-    def request(self, context: Tensor, deviations: float) -> Tensor:
-        """mu + n sigma (B,) of the functional, on scaled fields, after contexts (B, T_in, H, W, C)."""
-        level: Tensor = self.gaussian.level(self._seen(context), deviations)
-        return level
-
-    def _error(self, z0: Tensor, t: Tensor, noise: Tensor, frames: Tensor) -> Tensor:
-        read = self.network(self.diffusion.q_sample(z0, t, noise), t)
-        wanted = functional(frames, self.config.functional)
-        if not self.config.per_frame:
-            wanted = wanted.mean(1)
-        error: Tensor = (read - wanted).square().flatten(1).mean(1)
-        return error
-
-    def _seen(self, context: Tensor) -> Tensor:
-        field = scaled(context[:, -self.config.context_frames :], self.latents.scaling)
-        return functional(field, self.config.functional)[..., 0]
-
-
 def _drawn(batch: Batch) -> Tensor:
     """Seeds (B,) from the generator that training seeds at every step."""
     return torch.randint(2**31, (len(next(iter(batch.values()))),))
-
-
-def seeded(seeds: Tensor, timesteps: int, like: Tensor) -> tuple[Tensor, Tensor]:
-    """t (B,) and noise of the shape of `like` (B, ...), of which each row follows from its seed alone."""
-    t, noise = [], []
-    for seed in seeds.tolist():
-        generator = torch.Generator().manual_seed(seed)
-        t.append(torch.randint(timesteps, (), generator=generator))
-        noise.append(torch.randn(like.shape[1:], generator=generator))
-    return torch.stack(t).to(like.device), torch.stack(noise).to(like.device, like.dtype)

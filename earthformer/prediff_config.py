@@ -241,11 +241,15 @@ class PreDiffConfig:
     detail: bool = False
     """Give members the detail back that the autoencoder loses of the context moved along its motion, at each
     lead time by the weight that validation finds best; not in the paper, whose autoencoder loses little."""
+    match: bool = False
+    """Give each frame of a member the values of the moved context, in its own order (probability matching;
+    not in the paper). A model of few data makes rain too weak where it is unsure of the place; STEPS ends
+    the same way. Knowledge alignment would be undone."""
 
     def __post_init__(self) -> None:
         need(0 <= self.ema_decay < 1, "ema_decay", self.ema_decay, "a fraction from 0 to below 1")
         need(0 <= self.drift < math.inf, "drift", self.drift, "at least 0 pixels a frame")
-        for name in ("residual", "drift", "detail"):
+        for name in ("residual", "drift", "detail", "match"):
             moved = not getattr(self, name) or self.denoiser.aligned_channels > 0
             need(moved, name, getattr(self, name), "denoiser.aligned_channels beside it")
 

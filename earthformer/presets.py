@@ -94,6 +94,7 @@ def _tiny_denoiser(
     aligned: bool = False,
     residual: bool = False,
     drift: float = 0.0,
+    match: bool = False,
 ) -> PreDiffConfig:
     """Few data and few steps: it predicts velocity, and is shown the context moved along its motion."""
     known, made = _latents(autoencoder, context, target)
@@ -114,6 +115,7 @@ def _tiny_denoiser(
         normalise=True,
         residual=residual,
         drift=drift,
+        match=match,
         detail=aligned,
     )
 
@@ -151,12 +153,13 @@ DENOISERS: dict[str, PreDiffConfig] = {
     ),
     "prediff_radar_256": _tiny_denoiser(
         AUTOENCODERS["prediff_radar_256"],
-        4,
+        2,
         12,
-        widths=(32, 64, 96),
+        widths=(32, 64),
         aligned=True,
         residual=True,
         drift=0.7,
+        match=True,
     ),
     "prediff_enso_tiny": _tiny_denoiser(AUTOENCODERS["prediff_enso_tiny"], 12, 14, widths=(64, 96)),
 }

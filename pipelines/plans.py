@@ -292,8 +292,9 @@ def _checked(drawing: Drawing, run: runs.Run) -> Drawing:
     if mine != theirs:
         raise InputError(f"{url} reads latents of autoencoder {theirs}: {run.url} makes those of {mine}")
     model, constraint = run.config.model, aligned.config.model
-    if model.residual:
-        raise InputError(f"{run.url} draws residuals: knowledge alignment needs model.residual=false")
+    for name in ("residual", "match"):
+        if getattr(model, name):
+            raise InputError(f"{run.url} has model.{name}: knowledge alignment needs it to be false")
     for name, found, needed in (
         ("task", aligned.config.task, run.config.task),
         ("target", constraint.target, model.denoiser.target),

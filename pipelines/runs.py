@@ -163,7 +163,9 @@ def build(config: Config) -> Trainable:
         if config.trainable == "earthformer":
             return EarthformerForecaster(config.model, scaling)
         # Importing diffusers takes seconds, which those who train an Earthformer need not wait.
-        from earthformer.prediff import Constraint, FrameAutoencoder, PreDiff
+        from earthformer.constraint import Constraint
+        from earthformer.latents import FrameAutoencoder
+        from earthformer.prediff import PreDiff
 
         if config.trainable == "autoencoder":
             return FrameAutoencoder(config.model, scaling)

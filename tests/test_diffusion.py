@@ -16,8 +16,9 @@ from earthformer.autoencoder import Autoencoder
 from earthformer.checkpoints import load_weights
 from earthformer.config import Attention
 from earthformer.denoiser import Denoiser
-from earthformer.diffusion import SAMPLERS, Diffusion, Ema, Samples, Stepper, member_noise
+from earthformer.diffusion import Diffusion, Ema, Samples
 from earthformer.prediff_config import AutoencoderConfig, DenoiserConfig, DiffusionConfig
+from earthformer.samplers import SAMPLERS, Stepper, member_noise
 
 TOLERANCE = 2e-5
 SCHEDULES = {

@@ -6,8 +6,10 @@ import pytest
 import torch
 
 from earthformer.config import Attention, FeedForward, Scaling
+from earthformer.constraint import Constraint
 from earthformer.diffusion import Diffusion
-from earthformer.prediff import Constraint, FrameAutoencoder, Guide, PreDiff, Sampling
+from earthformer.latents import FrameAutoencoder, matched
+from earthformer.prediff import Guide, PreDiff, Sampling
 from earthformer.prediff_config import (
     AlignmentConfig,
     AutoencoderConfig,
@@ -283,6 +285,28 @@ def test_each_member_drifts_by_its_own_seed_however_it_is_batched(batch):
     torch.testing.assert_close(torch.cat(singly, 1).flip(1), whole, rtol=1e-4, atol=1e-2)
     with pytest.raises(ValueError, match=r"drift is 0.5: needed denoiser.aligned_channels"):
         PreDiffConfig(DENOISER, drift=0.5)
+
+
+def test_matched_fields_have_the_values_of_one_and_the_order_of_the_other():
+    fields, like = torch.randn(2, 3, 5, 4, 2), torch.rand(2, 3, 5, 4, 2)
+    found = matched(fields, like)
+    for b, t, c in ((0, 0, 0), (1, 2, 1)):
+        order, given, made = (x[b, t, ..., c].flatten() for x in (fields, like, found))
+        assert torch.equal(made.sort().values, given.sort().values)
+        assert torch.equal(made.argsort(), order.argsort())
+    assert torch.equal(matched(like, like), like)
+
+
+def test_matched_members_have_the_values_of_their_moved_context(batch):
+    aligned = dataclasses.replace(DENOISER, aligned_channels=4)
+    prediff = made(aligned, drift=0.5, match=True)
+    prediff.sampling = Sampling("ddim", 3)
+    context = batch["context"][:1]
+    found = prediff.forecast(context, SEEDS)[0]
+    moved = prediff.latents.moved(context.expand(5, *context.shape[1:]), 2, prediff.drift(SEEDS[0]))
+    values = (255 * moved).flatten(2).sort().values
+    torch.testing.assert_close(found.flatten(2).sort().values, values, rtol=1e-4, atol=1e-3)
+    assert not torch.allclose(found, 255 * moved, atol=1)
 
 
 def test_residuals_of_the_moved_context_start_with_the_right_spread(batch):
