@@ -28,11 +28,14 @@ def zeroed(module: M) -> M:
 
 
 def sinusoid(t: Tensor, width: int) -> Tensor:
-    """(B, width) of steps `t` (B,): cosines, then sines, of frequencies from 1 down to nearly 1 / 10000."""
+    """(B, width) of steps `t` (B,): cosines, then sines, of frequencies from 1 down to nearly 1 / 10000.
+
+    In float64, since an angle of 1000 in float32 is only known to 6e-5 and differs with the processor's `exp`.
+    """
     half = width // 2
-    frequencies = torch.exp(-math.log(10000) * torch.arange(half, device=t.device) / half)
-    angles = t[:, None].float() * frequencies
-    return F.pad(torch.cat([angles.cos(), angles.sin()], -1), (0, width % 2))
+    frequencies = 10000 ** (-torch.arange(half, device=t.device, dtype=torch.float64) / half)
+    angles = t[:, None] * frequencies
+    return F.pad(torch.cat([angles.cos(), angles.sin()], -1).float(), (0, width % 2))
 
 
 class TimeEmbedding(nn.Module):

@@ -122,9 +122,17 @@ TRAINING: dict[tuple[str, str], Training] = {
         _PREDIFF, batch_size=128, micro_batch=32, epochs=1000, validate_every=5, weight_decay=1e-2
     ),
     ("autoencoder", "prediff_radar_256"): dataclasses.replace(
-        _TINY, batch_size=4, micro_batch=4, augment=True
+        _TINY, epochs=24, validate_every=4, augment=True
     ),
-    ("denoiser", "prediff_radar_256"): dataclasses.replace(_TINY, epochs=12, latent_versions=4),
+    ("denoiser", "prediff_radar_256"): dataclasses.replace(
+        _TINY,
+        batch_size=4,
+        micro_batch=4,
+        epochs=30,
+        latent_versions=3,
+        validate_every=5,
+        checkpoint_steps=200,
+    ),
     ("autoencoder", "prediff_sevir_lr_tiny"): dataclasses.replace(
         _TINY, epochs=20, validate_every=10, augment=True
     ),
