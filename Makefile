@@ -28,8 +28,8 @@ RUNS := $(HOME_OF_DEMO)/runs
 TINY := --task $(TASK) --preset prediff_sevir_lr_tiny --archive $(ARCHIVE)
 FEW := --archive $(ARCHIVE) --split test --every 18
 PREDIFF := $(EARTHFORMER) forecast --run $(RUNS)/denoiser --steps 10 --batch-size 16
-GUIDED := $(PREDIFF) --archive $(ARCHIVE) --limit 1 --members 16 --keep-members --alignment $(RUNS)/alignment
-ENSEMBLES := $(foreach name,persistence-few earthformer-few prediff,--forecast $(FORECASTS)/$(name).zarr) --archive $(ARCHIVE)
+GUIDED := $(PREDIFF) --archive $(ARCHIVE) --limit 1 --members 8 --keep-members --alignment $(RUNS)/alignment
+ENSEMBLES := $(foreach name,displaced earthformer-few prediff,--forecast $(FORECASTS)/$(name).zarr) --archive $(ARCHIVE)
 MU := $(foreach name,mu mu+4sigma,--forecast $(FORECASTS)/$(name).zarr) --archive $(ARCHIVE)
 
 demo: demo-earthformer
@@ -45,8 +45,8 @@ endif
 	$(EARTHFORMER) train earthformer --task $(TASK) --preset $(PRESET) --archive $(ARCHIVE) --run $(RUN)
 	$(EARTHFORMER) forecast --run $(RUN) --archive $(ARCHIVE) --split test --out $(FORECASTS)/earthformer.zarr
 	$(EARTHFORMER) forecast --forecaster persistence --task $(TASK) --archive $(ARCHIVE) --split test --out $(FORECASTS)/persistence.zarr
-	$(EARTHFORMER) report $(BOTH) --out $(HOME_OF_DEMO)/report.html
 	$(EARTHFORMER) score $(BOTH)
+	$(EARTHFORMER) report $(BOTH) --out $(HOME_OF_DEMO)/report.html
 
 demo-prediff: demo-earthformer
 	$(EARTHFORMER) train autoencoder $(TINY) --run $(RUNS)/autoencoder
@@ -54,12 +54,12 @@ demo-prediff: demo-earthformer
 	$(EARTHFORMER) train alignment $(TINY) --run $(RUNS)/alignment --autoencoder $(RUNS)/autoencoder
 	$(PREDIFF) $(FEW) --members 64 --keep-members --events pipelines/examples/events.yaml --out $(FORECASTS)/prediff.zarr
 	$(EARTHFORMER) forecast --run $(RUN) $(FEW) --out $(FORECASTS)/earthformer-few.zarr
-	$(EARTHFORMER) forecast --forecaster persistence --task $(TASK) $(FEW) --out $(FORECASTS)/persistence-few.zarr
+	$(EARTHFORMER) forecast --forecaster displaced --task $(TASK) $(FEW) --members 64 --keep-members --out $(FORECASTS)/displaced.zarr
 	$(GUIDED) --deviations 0 --out $(FORECASTS)/mu.zarr
 	$(GUIDED) --deviations 4 --out $(FORECASTS)/mu+4sigma.zarr
-	$(EARTHFORMER) report $(ENSEMBLES) --out $(HOME_OF_DEMO)/ensemble.html
 	$(EARTHFORMER) report $(MU) --out $(HOME_OF_DEMO)/guided.html
 	$(EARTHFORMER) score $(ENSEMBLES)
+	$(EARTHFORMER) report $(ENSEMBLES) --out $(HOME_OF_DEMO)/ensemble.html
 
 test: .venv/installed-test
 	$(BIN)/ruff check .

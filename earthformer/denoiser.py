@@ -1,6 +1,5 @@
 """The denoiser of PreDiff: a time-conditioned U-Net of cuboid attention over context and target latents."""
 
-import math
 from itertools import pairwise
 from typing import TypeVar
 
@@ -30,7 +29,7 @@ def zeroed(module: M) -> M:
 def sinusoid(t: Tensor, width: int) -> Tensor:
     """(B, width) of steps `t` (B,): cosines, then sines, of frequencies from 1 down to nearly 1 / 10000.
 
-    In float64, since an angle of 1000 in float32 is only known to 6e-5 and differs with the processor's `exp`.
+    In float64: an angle of 1000 is only known to 6e-5 in float32, and differs with the processor's `exp`.
     """
     half = width // 2
     frequencies = 10000 ** (-torch.arange(half, device=t.device, dtype=torch.float64) / half)

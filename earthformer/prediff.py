@@ -41,8 +41,8 @@ class Guide:
     constraint: Constraint
     deviations: float
     """n of mu + n sigma (PreDiff, Sec. 4.2)."""
-    strength: float = 50.0
-    """The published guidance scale."""
+    strength: float
+    """What the gradient is multiplied by; published: 50."""
 
 
 class PreDiff(TrainableByLoss):

@@ -205,6 +205,9 @@ class AlignmentConfig:
     """Frames whose functional tells what the future's is to be expected."""
     normalise: bool = False
     """As the denoiser's, whose noisy latents it reads."""
+    strength: float = 50.0
+    """What the gradient is multiplied by in guidance, unless a forecast says otherwise. The published scale
+    is of latents that are not normalised."""
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
 
     def __post_init__(self) -> None:
@@ -212,6 +215,8 @@ class AlignmentConfig:
         for name in ("downsample", "time_width", "out_channels", "context_frames"):
             need(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         need(0 <= self.dropout < 1, "dropout", self.dropout, "a rate from 0 to below 1")
+        strong = 0 <= self.strength < math.inf
+        need(strong, "strength", self.strength, "a finite number from 0")
         last = self.widths[-1]
         need(last % min(last, 32) == 0, "last width", last, "a multiple of its 32 groups")
 

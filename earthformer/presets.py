@@ -149,7 +149,7 @@ DENOISERS: dict[str, PreDiffConfig] = {
         DenoiserConfig(*_latents(AUTOENCODERS["prediff_sevir_lr"], 7, 6), widths=(256, 512), depth=(4, 4))
     ),
     "prediff_sevir_lr_tiny": _tiny_denoiser(
-        AUTOENCODERS["prediff_sevir_lr_tiny"], 3, 6, widths=(64, 96), aligned=True
+        AUTOENCODERS["prediff_sevir_lr_tiny"], 3, 6, widths=(32, 64), aligned=True
     ),
     "prediff_radar_256": _tiny_denoiser(
         AUTOENCODERS["prediff_radar_256"],
@@ -167,8 +167,9 @@ ALIGNMENTS: dict[str, AlignmentConfig] = {
     "prediff_sevir_lr": AlignmentConfig(target=(6, 16, 16, 64), widths=(128, 256), depth=(1, 1)),
     "prediff_sevir_lr_tiny": AlignmentConfig(
         target=(6, 16, 16, 8),
-        widths=(64, 96),
+        widths=(32, 64),
         depth=(1, 1),
+        scale_shift=True,
         attention=_STEADY,
         feed_forward=_STEADY_FFN,
         dropout=0.0,

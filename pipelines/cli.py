@@ -174,7 +174,10 @@ def forecast(
     deviations: Annotated[
         float, typer.Option(help="With --alignment: n of the functional's mu + n sigma that is asked for.")
     ] = 0.0,
-    strength: Annotated[float, typer.Option(help="With --alignment: scale of the guidance.")] = 50.0,
+    strength: Annotated[
+        float | None,
+        typer.Option(help="With --alignment: scale of the guidance; default: the network's own."),
+    ] = None,
     workers: Annotated[int, typer.Option(help="Replicas of the forecaster; they share the processors.")] = 1,
     gpu: Annotated[bool, typer.Option("--gpu", help="One GPU a replica.")] = False,
     batch_size: Annotated[int, typer.Option(help="Windows, or members, a forward pass.")] = 8,
@@ -204,13 +207,16 @@ def forecast(
         quantiles=plans.parse_quantiles(quantiles),
         keep_members=keep_members,
     )
-    asked: dict[str, Any] = {"sampler": sampler, "steps": steps, "alignment": alignment}
+    asked: dict[str, Any] = {
+        "sampler": sampler,
+        "steps": steps,
+        "alignment": alignment,
+        "strength": strength,
+    }
     given = {name: value for name, value in asked.items() if value is not None}
     if bf16 or compiled or deviations or given:
         precision = "bf16" if bf16 else "float32"
-        drawing = plans.Drawing(
-            **given, precision=precision, compile=compiled, deviations=deviations, strength=strength
-        )
+        drawing = plans.Drawing(**given, precision=precision, compile=compiled, deviations=deviations)
     else:
         drawing = None
     planned = plans.plan(

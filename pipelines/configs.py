@@ -104,7 +104,7 @@ TRAINING: dict[tuple[str, str], Training] = {
     ("earthformer", "earthformer_enso"): _ENSO,
     ("earthformer", "earthformer_enso_tiny"): _TINY,
     ("earthformer", "earthformer_sevir_tiny"): dataclasses.replace(_TINY, batch_size=4, micro_batch=2),
-    ("earthformer", "earthformer_sevir_lr_tiny"): dataclasses.replace(_TINY, epochs=16),
+    ("earthformer", "earthformer_sevir_lr_tiny"): dataclasses.replace(_TINY, epochs=10),
     ("earthformer", "earthformer_radar_tiny"): dataclasses.replace(_TINY, epochs=6),
     ("autoencoder", "prediff_sevir_lr"): dataclasses.replace(
         _PREDIFF,
@@ -134,7 +134,7 @@ TRAINING: dict[tuple[str, str], Training] = {
         checkpoint_steps=200,
     ),
     ("autoencoder", "prediff_sevir_lr_tiny"): dataclasses.replace(
-        _TINY, epochs=20, validate_every=10, augment=True
+        _TINY, epochs=12, validate_every=6, augment=True
     ),
     ("denoiser", "prediff_sevir_lr_tiny"): dataclasses.replace(_TINY, latent_versions=1, validate_every=5),
     ("alignment", "prediff_sevir_lr_tiny"): dataclasses.replace(_TINY, epochs=4, validate_every=2),

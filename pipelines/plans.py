@@ -38,14 +38,16 @@ class Drawing:
     alignment_hash: str | None = None
     deviations: float = 0.0
     """n: the forecast's functional is asked to be mu + n sigma."""
-    strength: float = 50.0
+    strength: float | None = None
+    """Scale of the guidance; None: that of the alignment network's configuration."""
 
     def __post_init__(self) -> None:
-        finite = math.isfinite(self.deviations)
+        finite, strong = math.isfinite(self.deviations), 0 <= (self.strength or 0) < math.inf
         need(finite, "deviations", self.deviations, "a finite number")
-        need(0 <= self.strength < math.inf, "strength", self.strength, "a finite number from 0")
-        alone = self.alignment is None and self.deviations != 0
-        need(not alone, "deviations", self.deviations, "--alignment RUN beside it")
+        need(strong, "strength", self.strength, "a finite number from 0")
+        for name, asked in (("deviations", self.deviations != 0), ("strength", self.strength is not None)):
+            alone = asked and self.alignment is None
+            need(not alone, name, getattr(self, name), "--alignment RUN beside it")
 
 
 @dataclass(frozen=True)
@@ -182,6 +184,7 @@ def _set_up(prediff: Any, drawing: Drawing) -> None:
         prediff.ema.module.compile()
     if drawing.alignment is not None:
         constraint = cast(Any, runs.open_run(drawing.alignment).module())
+        assert drawing.strength is not None
         prediff.guide = Guide(constraint, drawing.deviations, drawing.strength)
 
 
@@ -275,7 +278,7 @@ def _check_members(name: str, ensemble: Ensemble, diffusion: bool) -> None:
 
 
 def _checked(drawing: Drawing, run: runs.Run) -> Drawing:
-    """The drawing with its alignment network's hash, once sampler, steps and network are known to fit."""
+    """The drawing with its network's hash and strength, once sampler, steps and network are known to fit."""
     from earthformer.diffusion import Diffusion
 
     try:
@@ -306,7 +309,8 @@ def _checked(drawing: Drawing, run: runs.Run) -> Drawing:
             raise InputError(
                 f"{url} was trained with {name} {found}: {run.url} has {needed}; needed the same"
             )
-    return replace(drawing, alignment=url, alignment_hash=aligned.hash)
+    strength = constraint.strength if drawing.strength is None else drawing.strength
+    return replace(drawing, alignment=url, alignment_hash=aligned.hash, strength=strength)
 
 
 def _schedule(diffusion: Any) -> tuple[Any, ...]:

@@ -198,7 +198,7 @@ def test_guided_members_say_what_was_asked_and_what_they_made_of_it(batch):
     torch.manual_seed(1)
     constraint = Constraint(dataclasses.replace(ALIGNMENT, normalise=True), AUTOENCODER, VIL).eval()
     plain = prediff.forecast(context, SEEDS)
-    prediff.guide = Guide(constraint, deviations=4.0)
+    prediff.guide = Guide(constraint, deviations=4.0, strength=50.0)
     (found,) = prediff.members(context, SEEDS, 5)
     seen = context.float().mean((2, 3, 4)) / 255
     torch.testing.assert_close(found.requested, constraint.gaussian.level(seen, 4.0))
