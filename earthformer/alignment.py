@@ -113,10 +113,9 @@ class GaussianFunctional(nn.Module):
     """Mean and spread of a functional of the future, given that of each context frame.
 
     A small network (ours: the original's is not published) corrects the last context value. It works on
-    values that are normalised by the mean and standard deviation of all context values seen in training.
+    values that are normalised by the mean and standard deviation of those that `calibrate` was given.
     """
 
-    count: Tensor
     mean: Tensor
     spread: Tensor
 
@@ -130,7 +129,6 @@ class GaussianFunctional(nn.Module):
             nn.SiLU(),
             zeroed(nn.Linear(hidden, 2)),
         )
-        self.register_buffer("count", torch.zeros((), dtype=torch.float64))
         self.register_buffer("mean", torch.zeros((), dtype=torch.float64))
         self.register_buffer("spread", torch.ones((), dtype=torch.float64))
 
@@ -147,14 +145,12 @@ class GaussianFunctional(nn.Module):
         return values[:, -1] + spread * change, spread.log() + widening.clamp(-7, 7)
 
     def loss(self, context_values: Tensor, target: Tensor) -> Tensor:
-        """Mean negative log-likelihood of `target` (B,) after values (B, T_in), which are learnt from.
+        """Mean negative log-likelihood of `target` (B,) after values (B, T_in).
 
         Raises:
             ValueError: an argument is of another shape.
         """
         check_shape("target", target, (), context_values.shape[0])
-        if self.training:
-            self._take_in(context_values)
         mu, log_sigma = self(context_values)
         error = (target - mu) * torch.exp(-log_sigma)
         nll: Tensor = (0.5 * error.square() + log_sigma).mean() + 0.5 * math.log(2 * math.pi)
@@ -167,12 +163,7 @@ class GaussianFunctional(nn.Module):
         return level
 
     @torch.no_grad()
-    def _take_in(self, values: Tensor) -> None:
-        values = values.double()
-        share = values.numel() / (self.count + values.numel())
-        shift = values.mean() - self.mean
-        old = torch.where(self.count > 0, self.spread, 0.0).square()
-        variance = (1 - share) * old + share * values.var(correction=0) + share * (1 - share) * shift**2
-        self.mean += share * shift
-        self.spread.copy_(variance.sqrt())
-        self.count += values.numel()
+    def calibrate(self, values: Tensor) -> None:
+        """Take mean and spread from the context values (N, T_in) of some training windows."""
+        self.mean.copy_(values.double().mean())
+        self.spread.copy_(values.double().std(correction=0))

@@ -1,5 +1,7 @@
 """Knowledge alignment's constraint: what reads a functional off noisy latents, and what it is to be."""
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor, nn
 
@@ -37,6 +39,10 @@ class Constraint(TrainableByLoss):
     def parts(self) -> list[nn.Module]:
         """What has its gradient clipped by itself."""
         return [self.network, self.gaussian]
+
+    def calibrate(self, batches: Iterable[Batch]) -> None:
+        """Give the Gaussian model the mean and spread of the contexts, before training."""
+        self.gaussian.calibrate(torch.cat([self._seen(batch["context"]) for batch in batches]))
 
     def loss(self, batch: Batch, step: int = 0) -> Tensor:
         """Squared error of the network at random t, plus the Gaussian's negative log-likelihood."""

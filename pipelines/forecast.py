@@ -18,6 +18,9 @@ from pipelines.forecast_store import member_seeds, template
 from pipelines.plans import Plan, need
 from pipelines.windows import Window
 
+CHECKED = 16
+"""With `until_ci`, intervals are looked at whenever so many members more have been drawn."""
+
 
 @dataclass(frozen=True)
 class Forecasted:
@@ -158,7 +161,8 @@ class _Replica:
             if some.achieved is not None and some.requested is not None:
                 achieved.append(some.achieved[0].cpu().numpy())
                 requested = np.float32(some.requested[0].item())
-            if ensemble.until_ci is not None and reduction.half_width() <= ensemble.until_ci:
+            asked = ensemble.until_ci is not None and (reduction.n + reduction.failed) % CHECKED == 0
+            if asked and reduction.half_width() <= cast(float, ensemble.until_ci):
                 break
         found = reduction.result()
         if ensemble.kept:
@@ -170,8 +174,11 @@ class _Replica:
 
     def _members(self, keys: Sequence[Window]) -> Iterator[Members]:
         planned = self.planned
-        seeds = member_seeds(planned.seed, keys, planned.ensemble.members)
-        return members_of(self.forecaster, self._context(keys), seeds, self.batch_size)
+        seeds, batch = member_seeds(planned.seed, keys, planned.ensemble.members), self.batch_size
+        if planned.ensemble.until_ci is not None:
+            # A power of two, which ends where the intervals are looked at.
+            batch = 1 << (min(batch, CHECKED).bit_length() - 1)
+        return members_of(self.forecaster, self._context(keys), seeds, batch)
 
     def _context(self, keys: Sequence[Window]) -> torch.Tensor:
         pixels = windows.read(self.planned.task, self.planned.archive, keys)["context"]

@@ -1,6 +1,9 @@
 """The layout of a Forecast Zarr: variables, coordinates and CF attributes, before any value is made."""
 
+import json
+import shlex
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 import dask.array
@@ -9,8 +12,9 @@ import torch
 import xarray as xr
 
 from pipelines import ensembles, windows
+from pipelines.baselines import BASELINES
 from pipelines.plans import Plan, lead_times
-from pipelines.tasks import Task
+from pipelines.tasks import TASKS, Task
 from pipelines.windows import Window
 
 
@@ -74,9 +78,47 @@ def template(planned: Plan) -> xr.Dataset:
             "archive_hash": archive.config_hash,
             "split": planned.split,
             "seed": planned.seed,
+            "history": command(planned),
         }
         | _drawing(planned),
     )
+
+
+def command(planned: Plan) -> str:
+    """The command that makes this forecast again, but for its `--out` and options at their defaults.
+
+    The events are named, not said: they are in the forecast's `records/config.json`.
+    """
+    ensemble, drawing = planned.ensemble, planned.drawing
+    trained = planned.run not in BASELINES
+    options: dict[str, Any] = {
+        "run": planned.run if trained else None,
+        "forecaster": None if trained else planned.run,
+        "task": None if trained else planned.task.name,
+        "archive": planned.archive.url,
+        "split": planned.split,
+        "every": planned.every if planned.every != 1 else None,
+        "limit": planned.limit,
+        "seed": planned.seed or None,
+        "max-members" if ensemble.until_ci else "members": ensemble.members if ensemble.members > 1 else None,
+        "until-ci": ensemble.until_ci,
+        "events": "EVENTS.yaml" if ensemble.events else None,
+        "quantiles": ",".join(map(str, ensemble.quantiles)) or None,
+    }
+    flags = {"keep-members": ensemble.keep_members}
+    if drawing is not None:
+        options |= {"sampler": drawing.sampler, "steps": drawing.steps, "alignment": drawing.alignment}
+        options |= {"deviations": drawing.deviations or None, "strength": drawing.strength}
+        flags |= {"bf16": drawing.precision == "bf16", "compile": drawing.compile}
+    said = [f"--{name} {shlex.quote(str(value))}" for name, value in options.items() if value is not None]
+    said += [f"--set {shlex.quote(change)}" for change in ([] if trained else _changes(planned.task))]
+    return " ".join(["earthformer forecast", *said, *(f"--{name}" for name, asked in flags.items() if asked)])
+
+
+def _changes(task: Task) -> list[str]:
+    """What of a task is not as its name has it, as `--set` takes it."""
+    named, own = asdict(TASKS.get(task.name, task)), asdict(task)
+    return [f"task.{key}={json.dumps(value)}" for key, value in own.items() if value != named[key]]
 
 
 def _place(planned: Plan) -> xr.Dataset:

@@ -122,6 +122,9 @@ class Plan:
     ensemble: Ensemble = field(default_factory=Ensemble)
     drawing: Drawing | None = None
     """Of a diffusion model."""
+    every: int = 1
+    limit: int | None = None
+    """How the windows were picked; what they are decides the forecast."""
 
     @property
     def shards(self) -> int:
@@ -254,7 +257,9 @@ def plan(
     # An ensemble takes long: little is to be done again after a kill.
     most = 1 if ensemble.reduced else SHARD_WINDOWS
     shard_windows = max(1, min(SHARD_BYTES // each, most, len(keys)))
-    planned = Plan(task, name, run, run_hash, opened, keys, split, seed, shard_windows, ensemble, drawing)
+    planned = Plan(
+        task, name, run, run_hash, opened, keys, split, seed, shard_windows, ensemble, drawing, every, limit
+    )
     planned.bound()
     return planned
 

@@ -15,7 +15,6 @@ from earthformer.ensemble_scores import surviving
 from earthformer.scores import NINO34_LAT, NINO34_LON
 from pipelines import maps, plots, verification, windows
 from pipelines.archives.store import Archive, open_archive
-from pipelines.baselines import BASELINES
 from pipelines.errors import InputError
 from pipelines.maps import Row
 from pipelines.score import ScoreCard, Source, check_comparable, open_forecast, saved, score
@@ -373,18 +372,7 @@ def _provenance(source: Source, card: ScoreCard) -> dict[str, Any]:
 
 
 def _commands(sources: Sequence[Source], archive: str, out: str) -> list[str]:
-    made = []
-    for source in sources:
-        config, run = source.config, source.store.root.attrs["run"]
-        baseline = config["forecaster"] in BASELINES
-        whose = f"--forecaster {run} --task {source.task.name}" if baseline else f"--run {run}"
-        ensemble = config["ensemble"]
-        if ensemble["members"] > 1:
-            whose += f" --members {ensemble['members']}" + " --keep-members" * ensemble["keep_members"]
-        made.append(
-            f"earthformer forecast {whose} --archive {archive} --split {config['split']} "
-            f"--out {source.store.url}"
-        )
+    made = [f"{source.store.root.attrs['history']} --out {source.store.url}" for source in sources]
     compared = " ".join(f"--forecast {s.store.url}" for s in sources)
     return [
         *made,

@@ -197,7 +197,7 @@ def open_forecast(url: str, archive: Archive) -> Source:
     if record and config.get("kind") != "forecast":
         raise InputError(f"{url} is a {config.get('kind')} archive: needed what `earthformer forecast` wrote")
     root = store.root
-    if "ensemble" not in config:
+    if "ensemble" not in config or "history" not in root.attrs:
         raise InputError(f"{url} was made by an earlier version: make it anew with `earthformer forecast`")
     if config["archive_hash"] != archive.config_hash:
         raise InputError(

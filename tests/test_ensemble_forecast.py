@@ -1,38 +1,32 @@
 """Ensembles through the forecast stage: members depend on nothing but their seed, and are reduced."""
 
 import dataclasses
+import shlex
 
 import numpy as np
 import pytest
 import torch
 import xarray as xr
+import yaml
 from tiny_prediff import begun, config, trained
 
 from earthformer.forecasters import members_of
 from pipelines import cli, runs, windows
 from pipelines.archives import store, synthetic
+from pipelines.configs import resolve_task
 from pipelines.errors import InputError
 from pipelines.events import parse_events
 from pipelines.forecast import forecast
-from pipelines.forecast_store import member_seeds
+from pipelines.forecast_store import command, member_seeds
 from pipelines.plans import Drawing, Ensemble, plan
 from pipelines.prepare import prepare
 
-EVENTS = parse_events(
-    [
-        {"name": "rain", "variable": "vil", "threshold": 60, "units": "1"},
-        {
-            "name": "near",
-            "variable": "vil",
-            "threshold": 60,
-            "units": "1",
-            "radius": 6,
-            "lead_time": [10, 10],
-        },
-        {"name": "impossible", "variable": "vil", "threshold": 1e6, "units": "1"},
-    ],
-    "test",
-)
+MENTIONED = [
+    {"name": "rain", "variable": "vil", "threshold": 60, "units": "1"},
+    {"name": "near", "variable": "vil", "threshold": 60, "units": "1", "radius": 6, "lead_time": [10, 10]},
+    {"name": "impossible", "variable": "vil", "threshold": 1e6, "units": "1"},
+]
+EVENTS = parse_events(MENTIONED, "test")
 QUICK = Drawing(sampler="dpm++", steps=3)
 
 
@@ -159,11 +153,11 @@ def test_members_are_written_only_when_asked(kept, trainings, archive, tmp_path)
 
 
 def test_members_are_drawn_until_the_intervals_are_narrow(trainings, archive, tmp_path):
-    def drawn(until, events):
+    def drawn(until, events, batch_size=4):
         asked = Ensemble(members=40, until_ci=until, events=events)
-        url = str(tmp_path / f"{until}.zarr")
+        url = str(tmp_path / f"{until}-{batch_size}.zarr")
         one = plan(trainings["denoiser"], archive, "test", limit=1, ensemble=asked, drawing=QUICK)
-        done = forecast(one, url, batch_size=4, progress=False)
+        done = forecast(one, url, batch_size=batch_size, progress=False)
         found = xr.open_zarr(url)
         assert found["n_members"].values.tolist() == list(done.drawn)
         half = (found["ci_high"] - found["ci_low"]).max() / 2
@@ -171,9 +165,9 @@ def test_members_are_drawn_until_the_intervals_are_narrow(trainings, archive, tm
 
     never = [event for event in EVENTS if event.name == "impossible"]
     count, half = drawn(0.1, tuple(never))
-    assert 4 < count < 40
-    assert count % 4 == 0
+    assert 0 < count < 40
     assert half <= 0.1
+    assert drawn(0.1, tuple(never), batch_size=11) == (count, half)
     assert drawn(0.01, tuple(never))[0] == 40
 
 
@@ -190,6 +184,27 @@ def test_a_guided_forecast_reports_what_was_asked_and_what_came(trainings, archi
     level = constraint.request(torch.from_numpy(context), 4.0)
     np.testing.assert_allclose(found["functional_requested"], level, rtol=1e-4)
     assert found.attrs["deviations"] == 4.0
+    assert found.attrs["guidance_strength"] == constraint.config.strength
+
+
+def test_the_command_that_is_noted_makes_the_same_forecast(trainings, archive, tmp_path):
+    asked = Ensemble(members=40, until_ci=0.1, events=EVENTS, quantiles=(0.5,), keep_members=True)
+    drawing = Drawing("ddim", 4, "bf16", alignment=trainings["alignment"], deviations=-2.0, strength=7.0)
+    guided = plan(
+        trainings["denoiser"], archive, "val", seed=3, limit=2, every=2, ensemble=asked, drawing=drawing
+    )
+    changed = resolve_task("sevir-lr", {"task": {"stride": [3, 6, 6]}})
+    baseline = plan("displaced", archive, "test", task=changed, ensemble=Ensemble(members=4))
+    (tmp_path / "EVENTS.yaml").write_text(yaml.safe_dump(MENTIONED))
+    for planned_one in (guided, baseline):
+        words = shlex.split(command(planned_one).replace("EVENTS.yaml", f"{tmp_path}/EVENTS.yaml"))
+        url = str(tmp_path / f"{planned_one.forecaster[:4]}.zarr")
+        cli.app([*words[1:], "--out", url], standalone_mode=False)
+        made = xr.open_zarr(url)
+        assert made.attrs["history"] == command(planned_one)
+        assert store.read_json(url, "records/config.json")["config_hash"] == store.config_hash(
+            planned_one.config
+        )
 
 
 @pytest.mark.parametrize("name", ["displaced", "steps"])
