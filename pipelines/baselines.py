@@ -196,7 +196,12 @@ class Steps(_Moving):
                     seed=int(_generator(seed).integers(2**32)),
                     extrap_kwargs={"map_coordinates_mode": "nearest"},
                 )[0]
-        except (np.linalg.LinAlgError, ValueError):
+        except np.linalg.LinAlgError:
+            return None
+        except ValueError as error:
+            # The minimum of what differs, where nothing does; any other would be our mistake.
+            if "zero-size array" not in str(error):
+                raise
             return None
         rain = torch.from_numpy(self.field.invert(member)).float()
         return rain if bool(torch.isfinite(rain).all()) else None
