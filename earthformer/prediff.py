@@ -183,6 +183,9 @@ class PreDiff(TrainableByLoss):
         The context is encoded once. A member is the same whatever it is batched with, up to float rounding.
         Missing pixels are as if nothing were there; all members of a context without any pixel are NaN.
         """
+        if not present(context).any():
+            yield from (self._nothing(context, some) for some in torch.split(seeds, batch, 1))
+            return
         known = {"context_latents": self.latents.of_context(context, self.config.denoiser.context[0])}
         requested = None
         if self.guide is not None:
@@ -191,10 +194,14 @@ class PreDiff(TrainableByLoss):
         for first in range(0, seeds.shape[1], batch):
             some = seeds[:, first : first + batch]
             moved = self._moving(context, some[0]) if moving is None else moving
-            made = self._some({**known, **moved}, some, requested)
-            if not present(context).any():
-                made.fields.fill_(torch.nan)
-            yield made
+            yield self._some({**known, **moved}, some, requested)
+
+    def _nothing(self, context: Tensor, seeds: Tensor) -> Members:
+        """What members of a context without any pixel are."""
+        shape = (self.config.denoiser.target[0], *context.shape[2:])
+        fields = torch.full((*seeds.shape, *shape), torch.nan, device=context.device)
+        unknown = None if self.guide is None else fields[..., 0, 0, 0, 0]
+        return Members(fields, unknown, None if unknown is None else unknown[:, 0])
 
     @torch.no_grad()
     def _some(self, condition: Batch, seeds: Tensor, requested: Tensor | None) -> Members:

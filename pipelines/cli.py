@@ -111,7 +111,7 @@ def train(
     trainable: Annotated[str, typer.Argument(help="earthformer, autoencoder, denoiser or alignment")],
     archive: Archive,
     run: Annotated[str, typer.Option(help="URL of the run directory.")],
-    task: Annotated[str, typer.Option(help="sevir, sevir-lr, enso or radar")],
+    task: Annotated[str, typer.Option(help="sevir, sevir-lr, enso, radar or radar-256")],
     preset: Annotated[str | None, typer.Option(help="Model preset; default: the task's.")] = None,
     autoencoder: Annotated[
         str | None, typer.Option(help="Denoiser, alignment: URL of the autoencoder's finished run.")

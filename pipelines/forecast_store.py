@@ -2,7 +2,7 @@
 
 import json
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -11,8 +11,10 @@ import numpy as np
 import torch
 import xarray as xr
 
-from pipelines import ensembles, windows
+from pipelines import windows
 from pipelines.baselines import BASELINES
+from pipelines.ensembles import LEVEL
+from pipelines.events import NINO34, Bound, BoundEvent, plain_units
 from pipelines.plans import Plan, lead_times
 from pipelines.tasks import TASKS, Task
 from pipelines.windows import Window
@@ -50,9 +52,7 @@ def template(planned: Plan) -> xr.Dataset:
             },
         )
     if ensemble.reduced:
-        reduced = ensembles.template(
-            planned.bound(), len(keys), planned.shard_windows, attrs, ensemble.quantiles
-        )
+        reduced = reductions(planned.bound(), len(keys), planned.shard_windows, attrs, ensemble.quantiles)
         variables |= {str(name): variable.variable for name, variable in reduced.data_vars.items()}
         coords |= {str(name): coord.variable for name, coord in reduced.coords.items()}
     if planned.drawing is not None and planned.drawing.alignment is not None:
@@ -198,3 +198,137 @@ def _calendar(task: Task) -> dict[str, str]:
     if task.step_minutes is not None:
         return {}
     return {"comment": "nominal: model years have no date, and count from January 1700"}
+
+
+# ------------------------------------------------------------------------------------------- reductions
+
+
+def reductions(
+    bound: Bound,
+    windows: int,
+    shard_windows: int,
+    attrs: Mapping[str, Any],
+    quantiles: Sequence[float] = (),
+) -> xr.Dataset:
+    """Variables and coordinates of a store of `Reduction.result`s; its values are not computed.
+
+    Args:
+        bound: what is asked.
+        windows: their number.
+        shard_windows: windows of a shard.
+        attrs: CF attributes of the task's variable (`windows.attributes`).
+        quantiles: as the reductions are given.
+
+    Returns:
+        Every variable's first dimension is `window`; spatial dimensions and `lead_time` are the forecast's,
+        whose coordinates are the caller's to add.
+    """
+    name, dims = bound.task.variable, bound.grid.dims
+    what = str(attrs.get("long_name", name))
+    field = ("lead_time", *dims)
+    sizes = dict(zip(field, (len(bound.lead_times), *bound.grid.shape), strict=True))
+    coords: dict[str, Any] = {}
+
+    def lay_out(
+        of: Sequence[str], attrs: Mapping[str, Any], whole: int, dtype: type = np.float32
+    ) -> xr.Variable:
+        """`whole`: how many of the last dimensions a chunk holds."""
+        each = tuple(sizes[dim] for dim in of)
+        encoding: dict[str, Any] = {"chunks": (shard_windows, *each)}
+        if whole:
+            encoding["chunks"] = (*[1] * (1 + len(of) - whole), *each[len(of) - whole :])
+            encoding["shards"] = (shard_windows, *each)
+        if dtype is np.float32:
+            encoding["_FillValue"] = np.float32("nan")
+        zeros = dask.array.zeros((windows, *each), dtype=dtype, chunks=(windows, *each))
+        return xr.Variable(("window", *of), zeros, attrs=dict(attrs), encoding=encoding)
+
+    moments = {key: value for key, value in attrs.items() if key in ("units", "standard_name")}
+    found = {
+        f"{name}_mean": lay_out(
+            field,
+            moments | {"long_name": f"ensemble mean of {what}", "cell_methods": "realization: mean"},
+            3,
+        ),
+        f"{name}_stdev": lay_out(
+            field,
+            moments
+            | {
+                "long_name": f"ensemble standard deviation of {what}",
+                "cell_methods": "realization: standard_deviation",
+                "comment": "of the population that the members are a sample of (n - 1)",
+            },
+            3,
+        ),
+        "n_members": lay_out(
+            (), {"long_name": "members that count, all independent", "units": "1"}, 0, np.int32
+        ),
+        "failed_members": lay_out(
+            (), {"long_name": "members without a finite value, left out", "units": "1"}, 0, np.int32
+        ),
+        "smallest_resolvable": lay_out(
+            (), {"long_name": "smallest probability above 0 that n_members can tell", "units": "1"}, 0
+        ),
+    }
+    if len(quantiles):
+        sizes["quantile"] = len(quantiles)
+        coords["quantile"] = ("quantile", np.asarray(quantiles, np.float64), {"units": "1"})
+        found[f"{name}_quantile"] = lay_out(
+            ("quantile", *field), moments | {"long_name": f"ensemble quantile of {what}"}, 3
+        )
+    for prefix, events, of in (("", bound.fields, dims), ("regional_", bound.regional, ())):
+        if not events:
+            continue
+        dim = f"{prefix}event"
+        sizes[dim] = len(events)
+        coords |= _event_coords(prefix, events, bound)
+        for key, said in (
+            ("probability", "probability of the event: the fraction of members that have it"),
+            ("ci_low", f"lower end of the probability's {LEVEL:.0%} confidence interval"),
+            ("ci_high", f"upper end of the probability's {LEVEL:.0%} confidence interval"),
+        ):
+            extra = {"ancillary_variables": f"{prefix}ci_low {prefix}ci_high n_members"}
+            said_of = {"long_name": said, "units": "1"} | (extra if key == "probability" else {})
+            found[f"{prefix}{key}"] = lay_out((dim, *of), said_of, len(of))
+    return xr.Dataset(found, coords=coords)
+
+
+def _event_coords(prefix: str, events: Sequence[BoundEvent], bound: Bound) -> dict[str, Any]:
+    """What each event is, along `event` or `regional_event`."""
+    asked = [event.event for event in events]
+    units = [plain_units(event.units) for event in asked]
+    same = {"units": units[0]} if len(set(units)) == 1 else {}
+    leads = [(bound.lead_times[e.frames.start], bound.lead_times[e.frames.stop - 1]) for e in events]
+    months = {} if bound.lead_times.dtype.kind == "m" else {"units": "months"}
+    found: dict[str, tuple[Any, dict[str, str]]] = {
+        "event": ([e.name for e in asked], {"long_name": "name of the event"}),
+        "variable": ([e.variable for e in asked], {"long_name": "variable compared with the threshold"}),
+        "comparison": ([e.comparison for e in asked], {"long_name": "of variable and threshold"}),
+        "threshold": ([e.threshold for e in asked], {"long_name": "threshold of the event", **same}),
+        "threshold_units": (units, {"long_name": "units of threshold"}),
+        "lead_from": ([first for first, _ in leads], {"long_name": "first lead time", **months}),
+        "lead_to": ([last for _, last in leads], {"long_name": "last lead time", **months}),
+        "duration": (
+            [e.duration for e in asked],
+            {"long_name": "successive frames that must have the event", "units": "1"},
+        ),
+        "accumulated": (
+            [int(e.accumulated) for e in asked],
+            {"long_name": "1: the threshold is of the sum over the lead times", "units": "1"},
+        ),
+        "radius": (
+            [e.radius for e in asked],
+            {"long_name": "the event is anywhere within this distance", "units": "km"},
+        ),
+    }
+    if prefix:
+        regions = [e.region for e in asked]
+        found["reduce"] = (
+            [f"fraction {r.fraction:g}" if r and r.fraction else r.reduce if r else NINO34 for r in regions],
+            {"long_name": "how the region's pixels give one answer"},
+        )
+        found["region"] = ([str(r) if r else NINO34 for r in regions], {"long_name": "extent in degrees"})
+    return {
+        f"{prefix}{name}": (f"{prefix}event", np.array(values), said)
+        for name, (values, said) in found.items()
+    }

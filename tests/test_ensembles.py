@@ -13,8 +13,9 @@ from tiny_grid import box, enso_placed, minutes, placed, rain
 from earthformer.scores import nino34
 from pipelines import windows
 from pipelines.archives import store, synthetic
-from pipelines.ensembles import Reduction, dilate, disk, interval, template
+from pipelines.ensembles import Reduction, dilate, disk, interval
 from pipelines.events import NINO34, Event, bind, vil_kg_m2
+from pipelines.forecast_store import reductions
 from pipelines.prepare import prepare
 from pipelines.regions import Region
 from pipelines.tasks import TASKS
@@ -458,7 +459,7 @@ def test_reductions_of_an_archive_fill_their_template(archive, tmp_path):
     leads = minutes(2)
     bound = bind(asked, task, place, leads)
     assert 0 < bound.regional[0].windows.sum() < len(keys)
-    laid = template(bound, len(keys), 2, windows.attributes(task, archive, keys[0]), (0.1, 0.9))
+    laid = reductions(bound, len(keys), 2, windows.attributes(task, archive, keys[0]), (0.1, 0.9))
     url = str(tmp_path / "reduced.zarr")
     whole = laid.assign_coords(place.coords).assign_coords(lead_time=leads)
     store.create(url, {"": whole}, config={"kind": "test"}, shards=(len(keys) + 1) // 2)

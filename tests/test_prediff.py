@@ -207,6 +207,9 @@ def test_guided_members_say_what_was_asked_and_what_they_made_of_it(batch):
     prediff.guide = Guide(constraint, deviations=4.0, strength=0.0)
     (idle,) = prediff.members(context, SEEDS, 5)
     torch.testing.assert_close(idle.fields, plain)
+    nothing = list(prediff.members(torch.full_like(context, 255), SEEDS, 2))
+    assert [part.fields.shape[1] for part in nothing] == [2, 2, 1]
+    assert all(torch.isnan(each).all() for part in nothing for each in (part.achieved, part.requested))
 
 
 @pytest.mark.parametrize("kind", ["mean", "area", "maximum"])
