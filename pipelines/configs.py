@@ -157,6 +157,13 @@ class Config:
     autoencoder: AutoencoderConfig | None = None
     """Of the latents that the model works on."""
 
+    def __post_init__(self) -> None:
+        # East of the ocean is not like west of it.
+        for name, most in (("augment", False), ("latent_versions", 1)):
+            value = getattr(self.training, name)
+            upright = self.task.archive != "enso" or value <= most
+            _need(upright, f"training.{name}", value, f"{most}: {self.task.name} is not to be turned")
+
     @property
     def hash(self) -> str:
         """First 16 hex digits of the SHA-256 of the configuration."""
@@ -313,7 +320,8 @@ def _validated(kind: type[T], values: dict[str, Any], place: str) -> T:
         first = error.errors()[0]
         key = ".".join([place, *map(str, first["loc"])]).strip(".")
         if first["type"] == "value_error":
-            raise InputError(f"configuration key {key}: {first['ctx']['error']}") from error
+            said = f"configuration key {key}" if key else "configuration"
+            raise InputError(f"{said}: {first['ctx']['error']}") from error
         raise InputError(f"configuration key {key} is {first['input']!r:.80}: {first['msg']}") from error
 
 

@@ -48,6 +48,12 @@ def test_a_wrong_overlay_is_named_in_one_line(overlay, message):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(("name", "value"), [("augment", True), ("latent_versions", 4)])
+def test_the_ocean_is_not_turned(name, value):
+    with pytest.raises(InputError, match=rf"configuration: training.{name} is {value}: needed"):
+        configs.resolve("enso", overlay={"training": {name: value}})
+
+
 def test_unknown_names_suggest_the_nearest():
     with pytest.raises(InputError, match="nearest is 'sevir-lr'"):
         configs.resolve("sevirlr")
