@@ -253,11 +253,6 @@ class AutoencoderTraining(nn.Module):
             self._perceptual,
         )
 
-    def reconstruct(self, frames: Tensor) -> Tensor:
-        """Frames (B, T, H, W, C) decoded from the mode of their posterior."""
-        mean, _ = self.autoencoder.encode(frames)
-        return self.autoencoder.decode(mean)
-
 
 def lpips(channels: int) -> Perceptual:
     """The learned perceptual distance (Zhang et al., 2018) of frames of so many channels, by VGG-16.
