@@ -1,5 +1,6 @@
 """Training: the schedule, what is decayed, and that kills and worker counts change nothing."""
 
+import dataclasses
 import itertools
 import json
 import os
@@ -106,6 +107,15 @@ def test_learning_rate_is_the_published_one(parity, name):
     )
     ours = [learning_rate(k, settings["total"], training) for k in range(len(numbers[name]))]
     np.testing.assert_allclose(ours, numbers[name], rtol=1e-12, atol=1e-18)
+
+
+def test_learning_rate_of_prediff_is_the_published_one(parity):
+    numbers = np.load(parity / "prediff" / "ema_lr.npz")
+    training = dataclasses.replace(
+        configs.TRAINING["denoiser", "prediff_sevir_lr"], learning_rate=1e-3, published_schedule=True
+    )
+    ours = [learning_rate(k, 200, training) for k in range(len(numbers["out/lr"]))]
+    np.testing.assert_allclose(ours, numbers["out/lr"], rtol=1e-12)
 
 
 def test_learning_rate_stays_at_its_floor():
