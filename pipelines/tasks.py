@@ -1,6 +1,6 @@
 """A `Task` binds what every stage must agree on: variable, windows, splits, scaling and thresholds."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -133,6 +133,21 @@ class Task:
 VIL_THRESHOLDS = (16.0, 74.0, 133.0, 160.0, 181.0, 219.0)
 _VIL = Scaling(kind="linear", scale=1 / 255, offset=0.0)
 
+_RADAR = Task(
+    name="radar",
+    archive="radar",
+    variable="rate",
+    context=12,
+    target=12,
+    stride=(6, 6, 6),
+    step_minutes=5,
+    scaling=Scaling(kind="log", r0=1.0),
+    tiles=Tiles(),
+    thresholds=(0.1, 0.5, 1.0, 2.0, 5.0, 10.0),
+    units="mm h-1",
+    model="earthformer_radar",
+)
+
 TASKS: dict[str, Task] = {
     task.name: task
     for task in (
@@ -179,33 +194,15 @@ TASKS: dict[str, Task] = {
             units="K",
             model="earthformer_enso",
         ),
-        Task(
-            name="radar",
-            archive="radar",
-            variable="rate",
-            context=12,
-            target=12,
-            stride=(6, 6, 6),
-            step_minutes=5,
-            scaling=Scaling(kind="log", r0=1.0),
-            tiles=Tiles(),
-            thresholds=(0.1, 0.5, 1.0, 2.0, 5.0, 10.0),
-            units="mm h-1",
-            model="earthformer_radar",
-        ),
-        Task(
+        _RADAR,
+        replace(
+            _RADAR,
             name="radar-256",
-            archive="radar",
-            variable="rate",
             context=13,
-            target=12,
             stride=(2, 6, 6),
-            step_minutes=5,
-            scaling=Scaling(kind="log", r0=1.0),
             splits=Splits(test_from="2017-01-01", val_fraction=0.1),
             tiles=Tiles(size=256, stride=64),
-            thresholds=(0.1, 0.5, 1.0, 2.0, 5.0, 10.0),
-            units="mm h-1",
+            model="",
         ),
     )
 }
