@@ -100,13 +100,13 @@ class Latents(nn.Module):
     def moved(self, context: Tensor, frames: int, drift: Tensor) -> Tensor:
         """The last frame of a context (B, T, H, W, C), scaled, along its motion: (B, frames, H, W, C).
 
-        It also drifts, by (B, 2) pixels a frame.
+        It also drifts, by (B, 2) pixels a frame; one context may be given for many drifts.
         """
         field = scaled(context, self.scaling)
         # The edge of what was observed stands still, and is no motion.
         seen = field.masked_fill(~present(context), torch.nan)
         paths = motion.trajectories(motion.flow(seen[..., 0]), frames)
-        return motion.warp(field[:, -1], motion.drifting(paths, drift))
+        return motion.warp(field[:, -1].expand(len(drift), -1, -1, -1), motion.drifting(paths, drift))
 
     @torch.no_grad()
     def lost(self, frames: Tensor, latents: Tensor) -> Tensor:

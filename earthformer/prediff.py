@@ -162,10 +162,7 @@ class PreDiff(TrainableByLoss):
         """Of the context (1, T, H, W, C) moved for each member: `aligned`, `detail` and `like`."""
         found: Batch = {}
         if self.config.denoiser.aligned_channels:
-            drift = self.drift(seeds)
-            moved = self.latents.moved(
-                context.expand(len(seeds), *context.shape[1:]), len(self.detail_power), drift
-            )
+            moved = self.latents.moved(context, len(self.detail_power), self.drift(seeds))
             found["aligned"], _ = self.latents.autoencoder.encode(moved)
             if self.config.detail:
                 weight = (self.detail_cross / self.detail_power.clamp_min(1e-12)).clamp(0, 1)

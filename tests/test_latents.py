@@ -127,7 +127,7 @@ def test_encoding_at_every_step_trains_too(archive, autoencoder, tmp_path):
 def test_the_alignment_network_trains_beside(archive, autoencoder, tmp_path):
     run = trained("alignment", archive, str(tmp_path / "run"), autoencoder)
     constraint = runs.open_run(run).module()
-    assert float(constraint.gaussian.count) > 0
+    assert float(constraint.gaussian.mean) > 0
     with pytest.raises(InputError, match="is a run of alignment, which makes no forecasts"):
         runs.open_run(run).forecaster()
 
