@@ -183,7 +183,8 @@ def test_the_page_of_an_ensemble_shows_its_members_and_probabilities(both):
         "probability of “strong &lt;nearby&gt;” and “very strong soon”",
         "each member by itself",
         "hold no value",
-        "--members 20 --keep-members",
+        "--members 20 --events EVENTS.yaml",
+        "--keep-members",
         "--forecaster persistence --task sevir",
     ):
         assert text in both, text
