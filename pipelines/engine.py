@@ -91,8 +91,10 @@ def _let_ray_warn_unseen() -> None:
 
 
 class _Never:
+    """An actor of whatever argument: no node will ever make one."""
+
     def __init__(self, _: None) -> None:
-        raise NotImplementedError
+        super().__init__()
 
 
 @contextlib.contextmanager

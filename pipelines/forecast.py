@@ -152,6 +152,7 @@ class _Replica:
         assert self.bound is not None
         reduction = Reduction(self.bound, place, ensemble.quantiles)
         kept: list[np.ndarray] = []
+        until = ensemble.until_ci
         achieved, requested = [], np.float32(np.nan)
         for some in self._members([planned.keys[place]]):
             fields = some.fields[0, ..., 0].cpu().numpy()
@@ -161,8 +162,8 @@ class _Replica:
             if some.achieved is not None and some.requested is not None:
                 achieved.append(some.achieved[0].cpu().numpy())
                 requested = np.float32(some.requested[0].item())
-            asked = ensemble.until_ci is not None and (reduction.n + reduction.failed) % CHECKED == 0
-            if asked and reduction.half_width() <= cast(float, ensemble.until_ci):
+            due = (reduction.n + reduction.failed) % CHECKED == 0
+            if until is not None and due and reduction.half_width() <= until:
                 break
         found = reduction.result()
         if ensemble.kept:

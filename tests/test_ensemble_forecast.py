@@ -16,7 +16,7 @@ from pipelines.archives import store, synthetic
 from pipelines.configs import resolve_task
 from pipelines.errors import InputError
 from pipelines.events import parse_events
-from pipelines.forecast import forecast
+from pipelines.forecast import CHECKED, forecast
 from pipelines.forecast_store import command, member_seeds
 from pipelines.plans import Drawing, Ensemble, plan
 from pipelines.prepare import prepare
@@ -165,7 +165,8 @@ def test_members_are_drawn_until_the_intervals_are_narrow(trainings, archive, tm
 
     never = [event for event in EVENTS if event.name == "impossible"]
     count, half = drawn(0.1, tuple(never))
-    assert 0 < count < 40
+    assert 4 < count < 40
+    assert count % CHECKED == 0
     assert half <= 0.1
     assert drawn(0.1, tuple(never), batch_size=11) == (count, half)
     assert drawn(0.01, tuple(never))[0] == 40
