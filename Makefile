@@ -27,7 +27,7 @@ BOTH := --forecast $(FORECASTS)/persistence.zarr --forecast $(FORECASTS)/earthfo
 RUNS := $(HOME_OF_DEMO)/runs
 TINY := --task $(TASK) --preset prediff_sevir_lr_tiny --archive $(ARCHIVE)
 FEW := --archive $(ARCHIVE) --split test --every 18
-PREDIFF := $(EARTHFORMER) forecast --run $(RUNS)/denoiser --steps 10 --batch-size 16
+PREDIFF := $(EARTHFORMER) forecast --run $(RUNS)/denoiser --steps 5 --batch-size 16
 GUIDED := $(PREDIFF) --archive $(ARCHIVE) --limit 1 --members 8 --keep-members --alignment $(RUNS)/alignment
 ENSEMBLES := $(foreach name,displaced earthformer-few prediff,--forecast $(FORECASTS)/$(name).zarr) --archive $(ARCHIVE)
 MU := $(foreach name,mu mu+4sigma,--forecast $(FORECASTS)/$(name).zarr) --archive $(ARCHIVE)
@@ -45,7 +45,6 @@ endif
 	$(EARTHFORMER) train earthformer --task $(TASK) --preset $(PRESET) --archive $(ARCHIVE) --run $(RUN)
 	$(EARTHFORMER) forecast --run $(RUN) --archive $(ARCHIVE) --split test --out $(FORECASTS)/earthformer.zarr
 	$(EARTHFORMER) forecast --forecaster persistence --task $(TASK) --archive $(ARCHIVE) --split test --out $(FORECASTS)/persistence.zarr
-	$(EARTHFORMER) score $(BOTH)
 	$(EARTHFORMER) report $(BOTH) --out $(HOME_OF_DEMO)/report.html
 
 demo-prediff: demo-earthformer
@@ -58,7 +57,6 @@ demo-prediff: demo-earthformer
 	$(GUIDED) --deviations 0 --out $(FORECASTS)/mu.zarr
 	$(GUIDED) --deviations 4 --out $(FORECASTS)/mu+4sigma.zarr
 	$(EARTHFORMER) report $(MU) --out $(HOME_OF_DEMO)/guided.html
-	$(EARTHFORMER) score $(ENSEMBLES)
 	$(EARTHFORMER) report $(ENSEMBLES) --out $(HOME_OF_DEMO)/ensemble.html
 
 test: .venv/installed-test

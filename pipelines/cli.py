@@ -263,9 +263,11 @@ def report(
     out: Annotated[str, typer.Option(help="Path of the HTML page to write.")],
 ) -> None:
     """One self-contained HTML page: score tables, skill against lead time, and forecast frames."""
+    from pipelines import sheets
     from pipelines.report import report
 
-    report(forecasts, archive, out)
+    for table in sheets.tables(report(forecasts, archive, out)):
+        console.print(table)
     console.print(f"{out}: written")
 
 

@@ -81,7 +81,7 @@ def forecast(
     todo, place = pending(planned, out), engine.absolute(out)
     if todo:
         # What is wrong with the weights is said here, before anything is written, rather than by a replica.
-        planned.load()
+        planned.check_weights()
     store.create(place, {"": template(planned)}, config=planned.config, shards=planned.shards)
     began = time.perf_counter()
     rows: list[dict[str, Any]] = []

@@ -48,9 +48,9 @@ def turned(field: Tensor, turn: int) -> Tensor:
 
 def take_autoencoder(run: str, source: runs.Run) -> None:
     """Copy a trained autoencoder into a run that builds on it, which then needs its own folder alone."""
-    trained: Any = source.module()
-    network = {f"autoencoder.{name}": tensor for name, tensor in trained.autoencoder.state_dict().items()}
-    content = safetensors.torch.save({**network, "latent_std": trained.latent_std})
+    kept = ("objective.autoencoder.", "latent_std")
+    weights = {n.removeprefix("objective."): t for n, t in source.weights().items() if n.startswith(kept)}
+    content = safetensors.torch.save(weights)
     journal.write_whole(run, AUTOENCODER, content)
 
 

@@ -9,8 +9,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import BoundaryNorm, Colormap, ListedColormap, Normalize
 from matplotlib.figure import Figure
-from matplotlib.layout_engine import ConstrainedLayoutEngine
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import MaxNLocator, NullLocator
 
 from pipelines.plots import image, style
 from pipelines.score import Source
@@ -46,6 +45,8 @@ RAIN_COLOURS = (
 SST_RANGE = 3.0
 """K either side of no anomaly."""
 OUTLINE = "#12b5a6"
+LEFT, BELOW, TITLE, GAP = 0.8, 0.95, 0.25, 0.05
+"""Inches beside, below and above the panels of a figure, and between them."""
 PROBABILITY_LEVELS = (0, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1)
 
 
@@ -99,39 +100,44 @@ def draw(source: Source, index: int, rows: Sequence[Row], colours: Palette) -> s
     columns = max(len(row.fields) for row in rows)
     width = min(12 / columns, 3.0)
     height = width * (extent[3] - extent[2]) / (extent[1] - extent[0])
-    above = 0.22 * sum(bool(row.titles) for row in rows[2:])
+    # Laid out by hand, in inches: that panels are equal is known, and Matplotlib's own layout of a hundred of
+    # them takes longer than drawing them.
+    above = [TITLE if row.titles else 0.0 for row in rows]
+    size = (LEFT + columns * (width + GAP), sum(above) + len(rows) * (height + GAP) + BELOW)
     with style():
-        size = (width * columns + 0.7, (height + 0.05) * len(rows) + 1.1 + above)
-        figure = Figure(
-            size, layout=ConstrainedLayoutEngine(w_pad=0.02, h_pad=0.02, wspace=0.01, hspace=0.01)
-        )
-        grid: np.ndarray = figure.subplots(len(rows), columns, squeeze=False, sharex=True, sharey=True)
-        for axes_row, row in zip(grid, rows, strict=True):
-            for c, axes in enumerate(axes_row):
-                if c >= len(row.fields):
-                    axes.set_visible(False)
-                    continue
+        figure = Figure(size)
+
+        def place(x: float, y: float, w: float, h: float) -> Axes:
+            return figure.add_axes((x / size[0], y / size[1], w / size[0], h / size[1]))
+
+        y = size[1]
+        for number, row in enumerate(rows):
+            y -= above[number] + height
+            under = len(rows[number + 1].fields) if number + 1 < len(rows) else 0
+            for c, values in enumerate(row.fields):
+                axes = place(LEFT + c * (width + GAP), y, width, height)
                 drawn = axes.imshow(
-                    row.fields[c],
+                    values,
                     cmap=colours.cmap,
                     norm=colours.norm,
                     origin=origin,
                     extent=extent,
                     interpolation="nearest",
+                    aspect="auto",
                 )
                 if row.outlines:
                     _outline(axes, row.outlines[c], extent, origin)
-                _plain(axes)
+                _plain(axes, left=c == 0, below=c >= under)
                 if row.titles:
                     axes.set_title(row.titles[c], fontsize=8.5, pad=3)
-            axes_row[0].set_ylabel(row.name.replace(" (", "\n("), fontsize=9, fontweight="bold")
+                if c == 0:
+                    axes.set_ylabel(row.name.replace(" (", "\n("), fontsize=9, fontweight="bold")
+            y -= GAP
+        length = min(7.0, 0.9 * size[0])
         bar = figure.colorbar(
             drawn,
-            ax=grid,
-            location="bottom",
-            shrink=min(1.0, 7 / size[0]),
-            aspect=45,
-            pad=0.02,
+            cax=place((size[0] - length) / 2, 0.45, length, 0.14),
+            orientation="horizontal",
             **colours.extra,
         )
         bar.set_label(colours.label, fontsize=8.5)
@@ -170,9 +176,10 @@ def _span(centres: np.ndarray, metric: bool) -> tuple[float, float]:
     return (0.0, (high - low + 2 * half) / 1000) if metric else (low - half, high + half)
 
 
-def _plain(axes: Axes) -> None:
-    axes.xaxis.set_major_locator(MaxNLocator(3, integer=True))
-    axes.yaxis.set_major_locator(MaxNLocator(3, integer=True))
+def _plain(axes: Axes, left: bool, below: bool) -> None:
+    """Ticks at the edges of the whole alone."""
+    for axis, labelled in ((axes.xaxis, below), (axes.yaxis, left)):
+        axis.set_major_locator(MaxNLocator(3, integer=True) if labelled else NullLocator())
     axes.tick_params(labelsize=7.5, length=2, color="#9aa4ae")
     for spine in axes.spines.values():
         spine.set_visible(True)

@@ -165,6 +165,17 @@ class Plan:
         leads = lead_times(self.task, windows.frame_times(self.task, self.archive, self.keys[:1])[0])
         return bind(self.ensemble.events, self.task, place, leads)
 
+    def check_weights(self) -> None:
+        """
+        Raises:
+            InputError: a run's weights are absent or damaged.
+        """
+        guide = self.drawing.alignment if self.drawing else None
+        for run in (self.run, guide):
+            if run is not None and run not in BASELINES:
+                # Their digests say so at once; a network is built by the replicas alone.
+                runs.open_run(run).weights()
+
     def load(self) -> Forecaster:
         """The forecaster, on the CPU.
 

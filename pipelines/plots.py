@@ -273,6 +273,6 @@ def image(figure: Figure, kind: Literal["png", "svg"]) -> str:
     if kind == "svg":
         figure.savefig(buffer, format="svg", metadata={"Date": None})
     else:
-        figure.savefig(buffer, format="png", dpi=130, pil_kwargs={"optimize": True})
+        figure.savefig(buffer, format="png", dpi=130)
     name = "svg+xml" if kind == "svg" else kind
     return f"data:image/{name};base64,{base64.b64encode(buffer.getvalue()).decode()}"

@@ -49,8 +49,8 @@ def report(
     *,
     cards: Sequence[ScoreCard] | None = None,
     cases: int = 3,
-) -> None:
-    """Write the page at `out`; it holds its images and asks nothing of the network.
+) -> Sequence[ScoreCard]:
+    """Write the page at `out`; it holds its images and asks nothing of the network. Returns the scores on it.
 
     Args:
         forecasts: URLs of finished forecasts of the same windows; the first is drawn as the baseline.
@@ -92,6 +92,7 @@ def report(
     fs, path = fsspec.core.url_to_fs(out)
     fs.makedirs(path.rpartition("/")[0], exist_ok=True)
     fs.pipe_file(path, page.encode())
+    return cards
 
 
 # -------------------------------------------------------------------------------------------- sentences

@@ -122,20 +122,28 @@ class Run:
                 + " or ".join(configs.FORECASTERS)
             )
 
+    def weights(self) -> dict[str, Tensor]:
+        """The best weights.
+
+        Raises:
+            InputError: they are absent or damaged.
+        """
+        content = journal.read_checked(
+            self.url,
+            "weights.safetensors",
+            self.record["weights_sha256"],
+            "delete the run's run.json, and the same `earthformer train` command writes both again",
+        )
+        return safetensors.torch.load(content)
+
     def module(self) -> Trainable:
         """What was trained, with its best weights, in eval mode.
 
         Raises:
             InputError: the weights are absent, damaged or of another model.
         """
-        weights = journal.read_checked(
-            self.url,
-            "weights.safetensors",
-            self.record["weights_sha256"],
-            "delete the run's run.json, and the same `earthformer train` command writes both again",
-        )
         module = build(self.config)
-        load_weights(module, safetensors.torch.load(weights), f"{self.url}/weights.safetensors")
+        load_weights(module, self.weights(), f"{self.url}/weights.safetensors")
         return module.eval().requires_grad_(False)
 
     def forecaster(self) -> Forecaster:
@@ -181,7 +189,7 @@ def open_run(url: str) -> Run:
     """Open a finished run.
 
     Raises:
-        InputError: there is no run at `url`, or it is unfinished.
+        InputError: there is no run at `url`, or it is unfinished, or its records are of two runs.
     """
     found = journal.read_record(url, "config.json", needs="config_hash")
     if found is None:
@@ -192,6 +200,11 @@ def open_run(url: str) -> Run:
     if record is None:
         raise InputError(
             f"{url} is not complete: run the same `earthformer train` command again to finish it"
+        )
+    if record["config_hash"] != found["config_hash"]:
+        raise InputError(
+            f"{url}/run.json is of configuration {record['config_hash']}, config.json of "
+            f"{found['config_hash']}: needed the records of one run"
         )
     return Run(url, configs.from_dict(found["config"]), record)
 
