@@ -5,59 +5,85 @@ PYTHON ?= python3
 BIN := .venv/bin
 EARTHFORMER := $(BIN)/earthformer
 
-.PHONY: demo demo-earthformer demo-prediff test bench clean
+.PHONY: demo pages test bench clean
 
 ifdef DATA
-HOME_OF_DEMO := demo/radar
+DEMO := demo/radar
 TASK := radar
 PRESET := earthformer_radar_tiny
 SOURCE := $(DATA)
+PAGES := report
 else
-HOME_OF_DEMO := demo
+DEMO := demo
 TASK := sevir-lr
 PRESET := earthformer_sevir_lr_tiny
 SOURCE := demo/raw
+PAGES := ensemble guided report
 endif
-ARCHIVE := $(HOME_OF_DEMO)/archive.zarr
-RUN := $(HOME_OF_DEMO)/runs/earthformer
-FORECASTS := $(HOME_OF_DEMO)/forecasts
-BOTH := --forecast $(FORECASTS)/persistence.zarr --forecast $(FORECASTS)/earthformer.zarr --archive $(ARCHIVE)
+ARCHIVE := $(DEMO)/archive.zarr
+RUNS := $(DEMO)/runs
+FORECASTS := $(DEMO)/forecasts
 
-# PreDiff: an ensemble takes long on a CPU, so that it is made of few windows.
-RUNS := $(HOME_OF_DEMO)/runs
+# What is there once a stage has finished: its completion record.
+DONE := records/complete.json
+PREPARED := $(ARCHIVE)/$(DONE)
+TRAINED = $(RUNS)/$(1)/run.json
+FORECAST = $(FORECASTS)/$(1).zarr/$(DONE)
+
+# An ensemble takes long on a CPU, so that it is made of few windows.
 TINY := --task $(TASK) --preset prediff_sevir_lr_tiny --archive $(ARCHIVE)
-FEW := --archive $(ARCHIVE) --split test --every 18
+FEW := --archive $(ARCHIVE) --split test --every 12 --members 64 --keep-members
 PREDIFF := $(EARTHFORMER) forecast --run $(RUNS)/denoiser --steps 5 --batch-size 16
 GUIDED := $(PREDIFF) --archive $(ARCHIVE) --limit 1 --members 8 --keep-members --alignment $(RUNS)/alignment
-ENSEMBLES := $(foreach name,displaced earthformer-few prediff,--forecast $(FORECASTS)/$(name).zarr) --archive $(ARCHIVE)
-MU := $(foreach name,mu mu+4sigma,--forecast $(FORECASTS)/$(name).zarr) --archive $(ARCHIVE)
+REPORT = $(EARTHFORMER) report $(foreach name,$(1),--forecast $(FORECASTS)/$(name).zarr) --archive $(ARCHIVE)
 
-demo: demo-earthformer
-ifndef DATA
-demo: demo-prediff
-endif
+# Stages that need nothing of one another run side by side; no progress bars, which would run into one another.
+demo: .venv/installed
+	TERM=dumb $(MAKE) --no-print-directory --jobs 2 pages
 
-demo-earthformer: .venv/installed
-ifndef DATA
-	$(EARTHFORMER) synthesize sevir --out $(SOURCE) --events 72
-endif
+pages: $(PAGES:%=$(DEMO)/%.html)
+
+demo/raw/CATALOG.csv:
+	$(EARTHFORMER) synthesize sevir --out demo/raw --events 48
+
+$(PREPARED): $(if $(DATA),,demo/raw/CATALOG.csv)
 	$(EARTHFORMER) prepare $(TASK) --source $(SOURCE) --archive $(ARCHIVE)
-	$(EARTHFORMER) train earthformer --task $(TASK) --preset $(PRESET) --archive $(ARCHIVE) --run $(RUN)
-	$(EARTHFORMER) forecast --run $(RUN) --archive $(ARCHIVE) --split test --out $(FORECASTS)/earthformer.zarr
-	$(EARTHFORMER) forecast --forecaster persistence --task $(TASK) --archive $(ARCHIVE) --split test --out $(FORECASTS)/persistence.zarr
-	$(EARTHFORMER) report $(BOTH) --out $(HOME_OF_DEMO)/report.html
 
-demo-prediff: demo-earthformer
+$(call TRAINED,earthformer): $(PREPARED)
+	$(EARTHFORMER) train earthformer --task $(TASK) --preset $(PRESET) --archive $(ARCHIVE) --run $(RUNS)/earthformer
+
+$(call TRAINED,autoencoder): $(PREPARED)
 	$(EARTHFORMER) train autoencoder $(TINY) --run $(RUNS)/autoencoder
-	$(EARTHFORMER) train denoiser $(TINY) --run $(RUNS)/denoiser --autoencoder $(RUNS)/autoencoder
-	$(EARTHFORMER) train alignment $(TINY) --run $(RUNS)/alignment --autoencoder $(RUNS)/autoencoder
-	$(PREDIFF) $(FEW) --members 64 --keep-members --events pipelines/examples/events.yaml --out $(FORECASTS)/prediff.zarr
-	$(EARTHFORMER) forecast --run $(RUN) $(FEW) --out $(FORECASTS)/earthformer-few.zarr
-	$(EARTHFORMER) forecast --forecaster displaced --task $(TASK) $(FEW) --members 64 --keep-members --out $(FORECASTS)/displaced.zarr
+
+$(call TRAINED,denoiser) $(call TRAINED,alignment): $(RUNS)/%/run.json: $(call TRAINED,autoencoder)
+	$(EARTHFORMER) train $* $(TINY) --run $(RUNS)/$* --autoencoder $(RUNS)/autoencoder
+
+$(call FORECAST,earthformer): $(call TRAINED,earthformer)
+	$(EARTHFORMER) forecast --run $(RUNS)/earthformer --archive $(ARCHIVE) --split test --out $(FORECASTS)/earthformer.zarr
+
+$(call FORECAST,persistence): $(PREPARED)
+	$(EARTHFORMER) forecast --forecaster persistence --task $(TASK) --archive $(ARCHIVE) --split test --out $(FORECASTS)/persistence.zarr
+
+$(call FORECAST,displaced): $(PREPARED)
+	$(EARTHFORMER) forecast --forecaster displaced --task $(TASK) $(FEW) --out $(FORECASTS)/displaced.zarr
+
+$(call FORECAST,prediff): $(call TRAINED,denoiser)
+	$(PREDIFF) $(FEW) --events pipelines/examples/events.yaml --out $(FORECASTS)/prediff.zarr
+
+$(call FORECAST,mu): $(call TRAINED,denoiser) $(call TRAINED,alignment)
 	$(GUIDED) --deviations 0 --out $(FORECASTS)/mu.zarr
+
+$(call FORECAST,mu+4sigma): $(call TRAINED,denoiser) $(call TRAINED,alignment)
 	$(GUIDED) --deviations 4 --out $(FORECASTS)/mu+4sigma.zarr
-	$(EARTHFORMER) report $(MU) --out $(HOME_OF_DEMO)/guided.html
-	$(EARTHFORMER) report $(ENSEMBLES) --out $(HOME_OF_DEMO)/ensemble.html
+
+$(DEMO)/report.html: $(call FORECAST,persistence) $(call FORECAST,earthformer)
+	$(call REPORT,persistence earthformer) --out $@
+
+$(DEMO)/ensemble.html: $(call FORECAST,prediff) $(call FORECAST,displaced)
+	$(call REPORT,displaced prediff) --out $@
+
+$(DEMO)/guided.html: $(call FORECAST,mu) $(call FORECAST,mu+4sigma)
+	$(call REPORT,mu mu+4sigma) --out $@
 
 test: .venv/installed-test
 	$(BIN)/ruff check .

@@ -86,8 +86,8 @@ class AlignmentNetwork(DownPath):
         return torch.unflatten(self.out(tokens), 0, z.shape[:2])
 
 
-def guidance(network: AlignmentNetwork, z: Tensor, t: Tensor, requested: Tensor) -> Tensor:
-    """Gradient of |U - requested| of each sample with respect to its own `z`, (B, T, H, W, C).
+def guidance(network: AlignmentNetwork, z: Tensor, t: Tensor, requested: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradient of |U - requested|, of each sample with respect to its own `z`, (B, T, H, W, C); then itself.
 
     U is the mean over frames of what `network` (in eval mode) makes of `z` (B, T, H, W, C) at steps `t`
     (B,); `requested` is (B,). A sample's gradient is the same whatever else is in the batch: the original
@@ -101,9 +101,9 @@ def guidance(network: AlignmentNetwork, z: Tensor, t: Tensor, requested: Tensor)
     with torch.inference_mode(False), torch.enable_grad():
         z, t, requested = (x.clone() for x in (z.detach(), t, requested))
         z.requires_grad_()
-        achieved = network(z, t).flatten(1).mean(1)
-        (gradient,) = torch.autograd.grad((achieved - requested).abs().sum(), z)
-    return gradient
+        gap = (network(z, t).flatten(1).mean(1) - requested).abs()
+        (gradient,) = torch.autograd.grad(gap.sum(), z)
+    return gradient, gap.detach()
 
 
 # ---------------------------------------------------------------------------- what is to be expected

@@ -7,6 +7,7 @@ units, as for every forecaster.
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -218,13 +219,8 @@ class PreDiff(TrainableByLoss):
             return made.float()
 
         guide = None
-        if self.guide is not None and requested is not None:
-            wanted, strength = requested.expand(m), self.guide.strength
-            network = self.guide.constraint.network
-
-            def guide(z: Tensor, t: Tensor) -> Tensor:
-                return strength * guidance(network, z, t[:1], wanted)
-
+        if requested is not None:
+            guide = partial(self._guidance, repeated.get("aligned"), requested.expand(m))
         drawn = self.diffusion.sample(
             denoise,
             self.config.denoiser.target,
@@ -244,6 +240,29 @@ class PreDiff(TrainableByLoss):
             achieved = functional(seen, self.guide.constraint.config.functional).mean((1, 2))
             achieved = achieved[None]
         return Members(fields[None], achieved, requested)
+
+    def _guidance(self, aligned: Tensor | None, requested: Tensor, z: Tensor, t: Tensor) -> Tensor:
+        """What members `z` (m, T, h, w, C), all at one step t (m,), descend to have the `requested` (m,)."""
+        assert self.guide is not None
+        one, bars = t[:1], self.diffusion.alphas_cumprod
+        seen, read_at, scale = z, one, torch.ones_like(z[:1])
+        if self.config.residual:
+            assert aligned is not None
+            # Latents are those of the moved context plus `ratio` times the residual, and so is the noise in
+            # them: as much as there is at an earlier step, at which the network reads them.
+            ratio = self.latents.whiten(self.residual_std)
+            noise = ratio.square().mean() * (1 / bars[one] - 1)
+            read_at = torch.searchsorted(1 / bars - 1, noise).clamp(max=len(bars) - 1)
+            signal = bars[read_at].sqrt()
+            scale = ratio * signal / bars[one].sqrt()
+            seen = scale * z + signal * self.latents.whiten(aligned)
+        gradient, gap = guidance(self.guide.constraint.network, seen, read_at, requested)
+        gradient = scale * gradient
+        # No further than where the functional would be, to first order, what is requested: a sampler of few
+        # steps takes the first of them a hundred times as far as one of a thousand.
+        slope = gradient.square().flatten(1).sum(1) * self.diffusion.guidance_coef[t] * bars[t].sqrt()
+        strength = (gap / slope.clamp_min(1e-30)).clamp(max=self.guide.strength)
+        return strength[:, None, None, None, None] * gradient
 
     def _decoded(self, latents: Tensor, condition: Batch, member: int) -> Tensor:
         """Fields (1, T, H, W, C) of one member: decoding many at once would take much memory."""

@@ -51,7 +51,7 @@ EARTHFORMERS: dict[str, EarthformerConfig] = {
         stem=(StemStage(4), StemStage(16, (1, 2, 2)), StemStage(64, (1, 2, 2))),
         global_vectors=GlobalVectors(),
     ),
-    "earthformer_sevir_lr_tiny": _TINY,
+    "earthformer_sevir_lr_tiny": replace(_TINY, from_last_frame=True),
     "earthformer_enso": EarthformerConfig(
         context=(12, 24, 48, 1),
         target=(14, 24, 48, 1),
@@ -149,7 +149,13 @@ DENOISERS: dict[str, PreDiffConfig] = {
         DenoiserConfig(*_latents(AUTOENCODERS["prediff_sevir_lr"], 7, 6), widths=(256, 512), depth=(4, 4))
     ),
     "prediff_sevir_lr_tiny": _tiny_denoiser(
-        AUTOENCODERS["prediff_sevir_lr_tiny"], 3, 6, widths=(32, 64), aligned=True
+        AUTOENCODERS["prediff_sevir_lr_tiny"],
+        3,
+        6,
+        widths=(32, 64),
+        aligned=True,
+        residual=True,
+        drift=0.5,
     ),
     "prediff_radar_256": _tiny_denoiser(
         AUTOENCODERS["prediff_radar_256"],

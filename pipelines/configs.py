@@ -105,7 +105,7 @@ TRAINING: dict[tuple[str, str], Training] = {
     ("earthformer", "earthformer_enso_tiny"): _TINY,
     ("earthformer", "earthformer_sevir_tiny"): dataclasses.replace(_TINY, batch_size=4, micro_batch=2),
     ("earthformer", "earthformer_sevir_lr_tiny"): dataclasses.replace(
-        _TINY, batch_size=4, micro_batch=4, epochs=7, validate_every=4
+        _TINY, batch_size=4, micro_batch=4, epochs=4, validate_every=2
     ),
     ("earthformer", "earthformer_radar_tiny"): dataclasses.replace(_TINY, epochs=6),
     ("autoencoder", "prediff_sevir_lr"): dataclasses.replace(
@@ -139,9 +139,11 @@ TRAINING: dict[tuple[str, str], Training] = {
         _TINY, batch_size=4, micro_batch=4, epochs=5, validate_every=5, augment=True
     ),
     ("denoiser", "prediff_sevir_lr_tiny"): dataclasses.replace(
-        _TINY, batch_size=4, micro_batch=4, epochs=6, latent_versions=1, validate_every=6
+        _TINY, batch_size=4, micro_batch=4, epochs=5, latent_versions=1, validate_every=5
     ),
-    ("alignment", "prediff_sevir_lr_tiny"): dataclasses.replace(_TINY, epochs=3, validate_every=3),
+    ("alignment", "prediff_sevir_lr_tiny"): dataclasses.replace(
+        _TINY, batch_size=4, micro_batch=4, epochs=4, validate_every=4
+    ),
     ("autoencoder", "prediff_enso_tiny"): _TINY,
     ("denoiser", "prediff_enso_tiny"): dataclasses.replace(_TINY, latent_versions=1),
 }

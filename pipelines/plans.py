@@ -311,9 +311,8 @@ def _checked(drawing: Drawing, run: runs.Run) -> Drawing:
     if mine != theirs:
         raise InputError(f"{url} reads latents of autoencoder {theirs}: {run.url} makes those of {mine}")
     model, constraint = run.config.model, aligned.config.model
-    for name in ("residual", "match"):
-        if getattr(model, name):
-            raise InputError(f"{run.url} has model.{name}: knowledge alignment needs it to be false")
+    if model.match:
+        raise InputError(f"{run.url} has model.match: knowledge alignment needs it to be false")
     for name, found, needed in (
         ("task", aligned.config.task, run.config.task),
         ("target", constraint.target, model.denoiser.target),

@@ -54,7 +54,7 @@ def test_what_is_read_off_matches_the_original(parity, name):
 def test_guidance_is_what_the_original_gives_each_sample_alone(parity):
     numbers, network, z, t = from_fixture(parity, "align_a")
     requested = torch.from_numpy(numbers["in/avg_x_gt"])[:, 0]
-    gradient = 50 * guidance(network, z, t, requested)
+    gradient = 50 * guidance(network, z, t, requested)[0]
     for i in range(2):
         near(gradient[i : i + 1], numbers[f"out/shift_single{i}"])
 
@@ -67,7 +67,7 @@ def test_the_batch_norm_of_the_original_follows_from_ours(parity):
         deviation = network(z, t).mean((1, 2)) - requested
     assert deviation.norm().item() == pytest.approx(numbers["out/U_batch2"].item(), rel=TOLERANCE)
     share = (deviation.abs() / deviation.norm())[:, None, None, None, None]
-    near(share * 50 * guidance(network, z, t, requested), numbers["out/shift_batch2"])
+    near(share * 50 * guidance(network, z, t, requested)[0], numbers["out/shift_batch2"])
 
 
 def test_the_mean_matches_the_original(parity):
@@ -98,9 +98,11 @@ def test_a_sample_is_the_same_whatever_its_batch(small):
     with torch.no_grad():
         together = network(z, t)
         near(together, torch.cat([network(z[i : i + 1], t[i : i + 1]) for i in range(3)]))
-    gradient = guidance(network, z, t, requested)
+    gradient, gap = guidance(network, z, t, requested)
     alone = [guidance(network, *(x[i : i + 1] for x in (z, t, requested))) for i in range(3)]
-    near(gradient, torch.cat(alone))
+    near(gradient, torch.cat([each for each, _ in alone]))
+    near(gap, torch.cat([each for _, each in alone]))
+    near(gap, (together.mean((1, 2)) - requested).abs())
     assert (gradient.flatten(1).norm(dim=1) > 0).all()
 
 
@@ -109,7 +111,7 @@ def test_guidance_is_a_gradient_of_the_deviation(small):
     network = AlignmentNetwork(SMALL).eval().double()
     network.load_state_dict(small[0].state_dict())
     z, requested = z.double(), torch.tensor([-1.0, 5.0, 0.2], dtype=torch.float64)
-    gradient = guidance(network, z, t, requested)
+    gradient, _ = guidance(network, z, t, requested)
     direction = torch.randn(z.shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
 
     def deviation(step):
@@ -124,13 +126,13 @@ def test_guidance_is_a_gradient_of_the_deviation(small):
 def test_guidance_works_where_gradients_are_switched_off(small, switched_off):
     network, z, t = small
     requested = torch.zeros(3)
-    needed = guidance(network, z, t, requested)
+    needed, _ = guidance(network, z, t, requested)
     with switched_off():
-        found = guidance(network, z * 1, t * 1, requested * 1)
+        found, _ = guidance(network, z * 1, t * 1, requested * 1)
         assert not found.requires_grad
     assert torch.equal(found, needed)
     # Nothing that was made there is in the way later, and no weight has gathered a gradient.
-    assert torch.equal(guidance(network, z, t, requested), needed)
+    assert torch.equal(guidance(network, z, t, requested)[0], needed)
     assert all(parameter.grad is None for parameter in network.parameters())
 
 

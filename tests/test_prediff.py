@@ -212,6 +212,56 @@ def test_guided_members_say_what_was_asked_and_what_they_made_of_it(batch):
     assert all(torch.isnan(each).all() for part in nothing for each in (part.achieved, part.requested))
 
 
+class Level(torch.nn.Module):
+    """Reads the mean off latents, and keeps what it was shown."""
+
+    def forward(self, z, t):
+        self.seen = z.detach(), t
+        return z.mean((1, 2, 3, 4))[:, None]
+
+
+def test_residuals_are_guided_by_the_latents_that_they_stand_for(batch):
+    prediff = made(dataclasses.replace(DENOISER, aligned_channels=4), residual=True)
+    constraint = Constraint(ALIGNMENT, AUTOENCODER, VIL).eval()
+    constraint.network = Level()
+    prediff.guide = Guide(constraint, deviations=4.0, strength=2.0)
+    latents = prediff.encode({name: field[:2] for name, field in batch.items()}, torch.arange(2))
+    aligned, noise, wanted = latents["aligned"], torch.randn_like(latents["aligned"]), torch.full((2,), 9.0)
+    bars = prediff.diffusion.alphas_cumprod
+    for spread in (1.0, 0.3):
+        prediff.residual_std.fill_(spread)
+        for t in (100, 700):
+            step = torch.full((2,), t)
+            z = prediff.diffusion.q_sample(torch.zeros_like(noise), step, noise)
+            gradient = prediff._guidance(aligned, wanted, z, step)
+            seen, earlier = constraint.network.seen
+            # Noise in the ratio to the signal that it has in what the residual is added to.
+            ratio = spread * ((1 - bars[t]) / bars[t]).sqrt()
+            torch.testing.assert_close(seen, bars[earlier].sqrt() * (aligned + ratio * noise))
+            found = ((1 - bars[earlier]) / bars[earlier]).sqrt()
+            torch.testing.assert_close(found[0], ratio, rtol=0.02, atol=0)
+            assert int(earlier) == t if spread == 1.0 else int(earlier) < t
+            slope = -2.0 * spread * (bars[earlier] / bars[t]).sqrt() / noise[0].numel()
+            torch.testing.assert_close(gradient, slope.expand_as(gradient))
+
+
+@pytest.mark.parametrize("residual", [False, True])
+def test_guidance_goes_no_further_than_to_what_is_requested(batch, residual):
+    prediff = made(dataclasses.replace(DENOISER, aligned_channels=4), residual=residual)
+    prediff.residual_std.fill_(0.4)
+    constraint = Constraint(ALIGNMENT, AUTOENCODER, VIL).eval()
+    network = constraint.network = Level()
+    prediff.guide = Guide(constraint, deviations=4.0, strength=1e9)
+    latents = prediff.encode({name: field[:2] for name, field in batch.items()}, torch.arange(2))
+    aligned, z, step = latents["aligned"], torch.randn_like(latents["aligned"]), torch.full((2,), 600)
+    wanted = torch.tensor([0.3, -0.2])
+    diffusion = prediff.diffusion
+    shift = diffusion.guidance_coef[600] * prediff._guidance(aligned, wanted, z, step)
+    # Clean latents that are shifted by so much shift those of the step by their share of signal.
+    prediff._guidance(aligned, wanted, z - diffusion.alphas_cumprod[600].sqrt() * shift, step)
+    torch.testing.assert_close(network(*network.seen)[:, 0], wanted, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("kind", ["mean", "area", "maximum"])
 def test_the_constraint_learns_any_functional(batch, kind):
     torch.manual_seed(0)
