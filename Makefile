@@ -32,7 +32,7 @@ FORECAST = $(FORECASTS)/$(1).zarr/$(DONE)
 
 # An ensemble takes long on a CPU, so that it is made of few windows.
 TINY := --task $(TASK) --preset prediff_sevir_lr_tiny --archive $(ARCHIVE)
-FEW := --archive $(ARCHIVE) --split test --every 12 --members 64 --keep-members
+FEW := --archive $(ARCHIVE) --split test --every 18 --members 64 --keep-members
 PREDIFF := $(EARTHFORMER) forecast --run $(RUNS)/denoiser --steps 5 --batch-size 16
 GUIDED := $(PREDIFF) --archive $(ARCHIVE) --limit 1 --members 8 --keep-members --alignment $(RUNS)/alignment
 REPORT = $(EARTHFORMER) report $(foreach name,$(1),--forecast $(FORECASTS)/$(name).zarr) --archive $(ARCHIVE)

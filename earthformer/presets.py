@@ -180,7 +180,7 @@ ALIGNMENTS: dict[str, AlignmentConfig] = {
         feed_forward=_STEADY_FFN,
         dropout=0.0,
         normalise=True,
-        strength=1000.0,
+        strength=1e5,
     ),
 }
 """Gao et al. (2023) published `prediff_sevir_lr`: 84,499,393 parameters the autoencoder, 136,817,538 the

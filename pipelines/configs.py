@@ -105,7 +105,7 @@ TRAINING: dict[tuple[str, str], Training] = {
     ("earthformer", "earthformer_enso_tiny"): _TINY,
     ("earthformer", "earthformer_sevir_tiny"): dataclasses.replace(_TINY, batch_size=4, micro_batch=2),
     ("earthformer", "earthformer_sevir_lr_tiny"): dataclasses.replace(
-        _TINY, batch_size=4, micro_batch=4, epochs=4, validate_every=2
+        _TINY, batch_size=4, micro_batch=4, epochs=3, validate_every=3
     ),
     ("earthformer", "earthformer_radar_tiny"): dataclasses.replace(_TINY, epochs=6),
     ("autoencoder", "prediff_sevir_lr"): dataclasses.replace(
@@ -136,13 +136,13 @@ TRAINING: dict[tuple[str, str], Training] = {
         checkpoint_steps=200,
     ),
     ("autoencoder", "prediff_sevir_lr_tiny"): dataclasses.replace(
-        _TINY, batch_size=4, micro_batch=4, epochs=5, validate_every=5, augment=True
+        _TINY, batch_size=4, micro_batch=4, epochs=4, validate_every=4, augment=True
     ),
     ("denoiser", "prediff_sevir_lr_tiny"): dataclasses.replace(
-        _TINY, batch_size=4, micro_batch=4, epochs=5, latent_versions=1, validate_every=5
+        _TINY, batch_size=4, micro_batch=4, epochs=4, latent_versions=1, validate_every=4
     ),
     ("alignment", "prediff_sevir_lr_tiny"): dataclasses.replace(
-        _TINY, batch_size=4, micro_batch=4, epochs=4, validate_every=4
+        _TINY, batch_size=4, micro_batch=4, epochs=3, validate_every=3
     ),
     ("autoencoder", "prediff_enso_tiny"): _TINY,
     ("denoiser", "prediff_enso_tiny"): dataclasses.replace(_TINY, latent_versions=1),
