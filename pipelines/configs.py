@@ -98,15 +98,13 @@ _ENSO = Training(
     batch_size=64, micro_batch=16, learning_rate=1e-4, weight_decay=1e-5, validate_every=5, patience=5
 )
 _TINY = Training(batch_size=8, micro_batch=8, epochs=10, learning_rate=2e-3, patience=10)
+_DEMO = dataclasses.replace(_TINY, batch_size=4, micro_batch=4)
 _PREDIFF = Training(warmup=0.1, warmup_start=0.1, patience=1000, augment=True)
-
 TRAINING: dict[tuple[str, str], Training] = {
     ("earthformer", "earthformer_enso"): _ENSO,
     ("earthformer", "earthformer_enso_tiny"): _TINY,
     ("earthformer", "earthformer_sevir_tiny"): dataclasses.replace(_TINY, batch_size=4, micro_batch=2),
-    ("earthformer", "earthformer_sevir_lr_tiny"): dataclasses.replace(
-        _TINY, batch_size=4, micro_batch=4, epochs=3, validate_every=3
-    ),
+    ("earthformer", "earthformer_sevir_lr_tiny"): dataclasses.replace(_DEMO, epochs=3, validate_every=3),
     ("earthformer", "earthformer_radar_tiny"): dataclasses.replace(_TINY, epochs=6),
     ("autoencoder", "prediff_sevir_lr"): dataclasses.replace(
         _PREDIFF,
@@ -136,14 +134,12 @@ TRAINING: dict[tuple[str, str], Training] = {
         checkpoint_steps=200,
     ),
     ("autoencoder", "prediff_sevir_lr_tiny"): dataclasses.replace(
-        _TINY, batch_size=4, micro_batch=4, epochs=4, validate_every=4, augment=True
+        _DEMO, epochs=4, validate_every=4, augment=True
     ),
     ("denoiser", "prediff_sevir_lr_tiny"): dataclasses.replace(
-        _TINY, batch_size=4, micro_batch=4, epochs=4, latent_versions=1, validate_every=4
+        _DEMO, epochs=4, latent_versions=1, validate_every=4
     ),
-    ("alignment", "prediff_sevir_lr_tiny"): dataclasses.replace(
-        _TINY, batch_size=4, micro_batch=4, epochs=3, validate_every=3
-    ),
+    ("alignment", "prediff_sevir_lr_tiny"): dataclasses.replace(_DEMO, epochs=3, validate_every=3),
     ("autoencoder", "prediff_enso_tiny"): _TINY,
     ("denoiser", "prediff_enso_tiny"): dataclasses.replace(_TINY, latent_versions=1),
 }

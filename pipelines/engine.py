@@ -52,11 +52,12 @@ def connect(workers: int | None = None, address: str | None = None) -> None:
     # of a core at every epoch.
     os.environ.setdefault("RAY_idle_worker_killing_time_threshold_ms", "600000")
     address = address or os.environ.get("RAY_ADDRESS")
-    if address in (None, "", "local"):
+    local = address in (None, "", "local")
+    if local:
         # Nobody takes a laptop away with a notice: a process less to start.
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     start = partial(ray.init, log_to_driver=False, logging_level=logging.ERROR)
-    if address in (None, "", "local"):
+    if local:
         start(
             address="local",
             num_cpus=max(workers or 0, cores()),
