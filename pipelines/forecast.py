@@ -37,6 +37,10 @@ class Forecasted:
     """Members of each window that this call wrote, of an ensemble."""
     failed: int = 0
     """Members that diverged, or had nothing to go on, and are left out."""
+    requested: tuple[float, ...] = ()
+    """Of a guided forecast, the functional's value asked of each window that this call wrote."""
+    achieved: tuple[float, ...] = ()
+    """Beside it, what its members have, on average."""
 
     def __str__(self) -> str:
         total = f"{self.url}: {self.windows} windows by {self.forecaster}"
@@ -48,7 +52,11 @@ class Forecasted:
             return speed
         low, high = min(self.drawn), max(self.drawn)
         lost = f", {self.failed} more failed and are left out" if self.failed else ""
-        return f"{speed}, {low if low == high else f'{low} to {high}'} members each{lost}"
+        said = f"{speed}, {low if low == high else f'{low} to {high}'} members each{lost}"
+        if not self.requested:
+            return said
+        asked, came = (float(np.nanmean(values)) for values in (self.requested, self.achieved))
+        return f"{said}; of the functional {asked:.4g} was requested and {came:.4g} achieved, on average"
 
 
 def forecast(
@@ -95,7 +103,10 @@ def forecast(
         store.complete(place, {"counts": {"windows": len(planned.keys), "members": planned.ensemble.members}})
     written = sum(len(planned.keys[planned.shard(index)]) for index in todo)
     drawn, failed = (tuple(int(n) for row in rows for n in row[what]) for what in ("drawn", "failed"))
-    return Forecasted(out, planned.forecaster, len(planned.keys), written, seconds, drawn, sum(failed))
+    requested, achieved = (tuple(v for row in rows for v in row[what]) for what in ("requested", "achieved"))
+    return Forecasted(
+        out, planned.forecaster, len(planned.keys), written, seconds, drawn, sum(failed), requested, achieved
+    )
 
 
 def pending(planned: Plan, out: str) -> list[int]:
@@ -131,7 +142,18 @@ class _Replica:
         store.write_record(self.out, shard, {"regions": [store.region_record("", region, crc32)]})
         reduced = planned.ensemble.reduced
         drawn, failed = (values[n].tolist() if reduced else [] for n in ("n_members", "failed_members"))
-        return {"shard": shard, "drawn": drawn, "failed": failed}
+        requested, achieved = [], []
+        if "functional_requested" in values:
+            requested = values["functional_requested"].tolist()
+            each = np.ma.masked_invalid(values["functional_achieved"])
+            achieved = each.mean(1).filled(np.nan).tolist()
+        return {
+            "shard": shard,
+            "drawn": drawn,
+            "failed": failed,
+            "requested": requested,
+            "achieved": achieved,
+        }
 
     def _fields(self, places: Sequence[int]) -> dict[str, np.ndarray]:
         """Deterministic forecasts of some windows."""

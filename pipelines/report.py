@@ -243,7 +243,9 @@ def _case(
     start = times[task.context - 1]
     when = f"month {key.start + task.context}" if task.archive == "enso" else f"{_clock(start, True)} UTC"
     where = key.series + (f", tile at row {key.tile[0]}, column {key.tile[1]}" if key.tile else "")
-    images = [("Context, truth and forecasts.", maps.draw(source, index, rows, maps.palette(task)))]
+    guided = [_guided(*each, index) for each in zip(sources, labels(cards, members=True), strict=True)]
+    said = " ".join(["Context, truth and forecasts.", *filter(None, guided)])
+    images = [(said, maps.draw(source, index, rows, maps.palette(task)))]
     for other, label in zip(sources, labels(cards, members=True), strict=True):
         if other.members > 1:
             images.append(_stamps(other, label, index, truth, titles[-1], land))
@@ -252,6 +254,17 @@ def _case(
         if "probability" in other.store.root:
             images.append(_events(other, label, index))
     return Case(f"{where}, from {when}", why, tuple(images))
+
+
+def _guided(source: Source, label: str, index: int) -> str:
+    """What knowledge alignment asked of a forecast, and what its members made of it; "" without any."""
+    root = source.store.root
+    if "functional_requested" not in root:
+        return ""
+    asked, came = (root[f"functional_{what}"].isel(window=index).values for what in ("requested", "achieved"))
+    known = came[np.isfinite(came)]
+    have = f"members have {known.min():.4g} to {known.max():.4g}" if known.size else "no member has one"
+    return f"{_capital(label)}: of the functional {asked:.4g} was requested, {have}."
 
 
 def _stamps(

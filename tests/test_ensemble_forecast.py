@@ -1,6 +1,7 @@
 """Ensembles through the forecast stage: members depend on nothing but their seed, and are reduced."""
 
 import dataclasses
+import re
 import shlex
 
 import numpy as np
@@ -20,6 +21,7 @@ from pipelines.forecast import CHECKED, forecast
 from pipelines.forecast_store import command, member_seeds
 from pipelines.plans import Drawing, Ensemble, plan
 from pipelines.prepare import prepare
+from pipelines.report import report
 
 MENTIONED = [
     {"name": "rain", "variable": "vil", "threshold": 60, "units": "1"},
@@ -176,7 +178,7 @@ def test_a_guided_forecast_reports_what_was_asked_and_what_came(trainings, archi
     url = str(tmp_path / "guided.zarr")
     guided = dataclasses.replace(QUICK, alignment=trainings["alignment"], deviations=4.0)
     asked = planned(trainings, archive, drawing=guided, limit=2)
-    forecast(asked, url, batch_size=4, progress=False)
+    done = forecast(asked, url, batch_size=4, progress=False)
     found = xr.open_zarr(url).load()
     mean = found["vil"].mean(("lead_time", "y", "x")) / 255
     np.testing.assert_allclose(found["functional_achieved"], mean, rtol=1e-3, atol=1e-4)
@@ -184,6 +186,15 @@ def test_a_guided_forecast_reports_what_was_asked_and_what_came(trainings, archi
     context = windows.read(asked.task, asked.archive, asked.keys)["context"]
     level = constraint.request(torch.from_numpy(context), 4.0)
     np.testing.assert_allclose(found["functional_requested"], level, rtol=1e-4)
+    said = re.search(r"of the functional (\S+) was requested and (\S+) achieved, on average$", str(done))
+    assert [float(s) for s in said.groups()] == pytest.approx(
+        [float(level.mean()), float(mean.mean())], rel=1e-3
+    )
+    report([url], archive, str(tmp_path / "guided.html"), cases=1)
+    page = (tmp_path / "guided.html").read_text(encoding="utf-8")
+    assert re.search(
+        r"\(6 members\): of the functional 0\.\d+ was requested, members have 0\.\d+ to 0\.\d+\.", page
+    )
     assert found.attrs["deviations"] == 4.0
     assert found.attrs["guidance_strength"] == constraint.config.strength
 
