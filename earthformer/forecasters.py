@@ -42,22 +42,35 @@ class Forecaster(Protocol):
 
 @runtime_checkable
 class EnsembleForecaster(Forecaster, Protocol):
-    """A forecaster whose members differ."""
+    """A forecaster whose members share work."""
 
-    def members(self, context: Tensor, seeds: Tensor, batch: int) -> Iterator[Members]:
-        """The members of one context (1, T_in, H, W, C) and seeds (1, M), `batch` of them at a time.
+    def prepare(self, context: Tensor) -> dict[str, Tensor]:
+        """What all members of one context (1, T_in, H, W, C) share, worked out once."""
 
-        What they share is worked out once, and no more than a batch of them need be in memory.
-        """
+    def draw(self, known: dict[str, Tensor], seeds: Tensor) -> Members:
+        """Members of seeds (1, M) and of what `prepare` gave, all M of them at a time."""
+
+
+def prepared(forecaster: Forecaster, context: Tensor) -> dict[str, Tensor]:
+    """What `drawn` needs of one context (1, T_in, H, W, C)."""
+    return forecaster.prepare(context) if isinstance(forecaster, EnsembleForecaster) else {"context": context}
+
+
+def drawn(forecaster: Forecaster, known: dict[str, Tensor], seeds: Tensor) -> Members:
+    """Members of seeds (1, M) and of what `prepared` gave."""
+    if isinstance(forecaster, EnsembleForecaster):
+        return forecaster.draw(known, seeds)
+    return Members(forecaster.forecast(known["context"], seeds))
 
 
 def members_of(forecaster: Forecaster, context: Tensor, seeds: Tensor, batch: int) -> Iterator[Members]:
-    """The members of one context (1, T_in, H, W, C) and seeds (1, M), `batch` of them at a time."""
-    if isinstance(forecaster, EnsembleForecaster):
-        yield from forecaster.members(context, seeds, batch)
-        return
-    for first in range(0, seeds.shape[1], batch):
-        yield Members(forecaster.forecast(context, seeds[:, first : first + batch]))
+    """The members of one context (1, T_in, H, W, C) and seeds (1, M), `batch` of them at a time.
+
+    What they share is worked out once, and no more than a batch of them need be in memory.
+    """
+    known = prepared(forecaster, context)
+    for some in torch.split(seeds, batch, 1):
+        yield drawn(forecaster, known, some)
 
 
 class Trainable(nn.Module, ABC):

@@ -5,7 +5,7 @@ the context's latents, and the autoencoder makes frames of them. Fields outside 
 units, as for every forecaster.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
 
@@ -175,24 +175,30 @@ class PreDiff(TrainableByLoss):
 
     # ------------------------------------------------------------------------------------- forecasts
 
-    def members(self, context: Tensor, seeds: Tensor, batch: int) -> Iterator[Members]:
-        """Members, so many at a time, of one context (1, T_in, H, W, C) and seeds (1, M).
+    @torch.no_grad()
+    def prepare(self, context: Tensor) -> Batch:
+        """What all members of one context (1, T_in, H, W, C) share: above all its latents."""
+        known = {"context": context}
+        if present(context).any():
+            known["context_latents"] = self.latents.of_context(context, self.config.denoiser.context[0])
+            if self.guide is not None:
+                known["requested"] = self.guide.constraint.request(context, self.guide.deviations)
+            if not self.config.drift:
+                known |= self._moving(context, torch.zeros(1, dtype=torch.int64))
+        return known
 
-        The context is encoded once. A member is the same whatever it is batched with, up to float rounding.
-        Missing pixels are as if nothing were there; all members of a context without any pixel are NaN.
+    def draw(self, known: Batch, seeds: Tensor) -> Members:
+        """Members of seeds (1, M) and of what `prepare` gave.
+
+        A member is the same whatever it is batched with, up to float rounding. Missing pixels are as if
+        nothing were there; all members of a context without any pixel are NaN.
         """
-        if not present(context).any():
-            yield from (self._nothing(context, some) for some in torch.split(seeds, batch, 1))
-            return
-        known = {"context_latents": self.latents.of_context(context, self.config.denoiser.context[0])}
-        requested = None
-        if self.guide is not None:
-            requested = self.guide.constraint.request(context, self.guide.deviations)
-        moving = self._moving(context, seeds[0, :1]) if not self.config.drift else None
-        for first in range(0, seeds.shape[1], batch):
-            some = seeds[:, first : first + batch]
-            moved = self._moving(context, some[0]) if moving is None else moving
-            yield self._some({**known, **moved}, some, requested)
+        context = known["context"]
+        if "context_latents" not in known:
+            return self._nothing(context, seeds)
+        moved = self._moving(context, seeds[0]) if self.config.drift else {}
+        condition = {name: each for name, each in known.items() if name not in ("context", "requested")}
+        return self._some(condition | moved, seeds, known.get("requested"))
 
     def _nothing(self, context: Tensor, seeds: Tensor) -> Members:
         """What members of a context without any pixel are."""
@@ -273,8 +279,7 @@ class PreDiff(TrainableByLoss):
     def forecast(self, context: Tensor, seeds: Tensor) -> Tensor:
         """Members (B, M, T_out, H, W, C), float32 in the units of `context` (B, T_in, H, W, C)."""
         each = [
-            torch.cat([part.fields for part in self.members(one[None], s[None], seeds.shape[1])], 1)
-            for one, s in zip(context, seeds, strict=True)
+            self.draw(self.prepare(one[None]), s[None]).fields for one, s in zip(context, seeds, strict=True)
         ]
         return torch.cat(each)
 

@@ -242,6 +242,58 @@ def forecast(
     console.print(escape(str(done)), highlight=False, soft_wrap=True)
 
 
+@app.command("serve")
+def serve_(
+    run: Annotated[str | None, typer.Option(help="URL of a finished denoiser run.")] = None,
+    archive: Annotated[
+        list[str] | None,
+        typer.Option(help="NAME=URL, or a URL, of an archive to take contexts from; repeat for more."),
+    ] = None,
+    alignment: Annotated[
+        str | None, typer.Option(help="URL of an alignment network's run, for guided forecasts.")
+    ] = None,
+    results: Annotated[str | None, typer.Option(help="URL of the folder where forecasts are kept.")] = None,
+    config: Annotated[
+        str | None, typer.Option(help="YAML or JSON of all settings, over which these options lie.")
+    ] = None,
+    assignments: Annotated[
+        list[str] | None, typer.Option("--set", help="setting=value, repeatable; such as max_members=500.")
+    ] = None,
+    replicas: Annotated[
+        int | None, typer.Option(help="Replicas of the model; they share the processors.")
+    ] = None,
+    gpu: Annotated[bool | None, typer.Option("--gpu", help="One GPU a replica.")] = None,
+    chunk: Annotated[int | None, typer.Option(help="Members that a replica draws at once.")] = None,
+    host: Annotated[str, typer.Option(help="Other than loopback only with --token-file.")] = "127.0.0.1",
+    port: int = 8000,
+    token_file: Annotated[str | None, typer.Option(help="File of the bearer token.")] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the resolved settings, and do nothing.")
+    ] = False,
+) -> None:
+    """Serve ensemble forecasts and event probabilities over HTTP, with a page; stops at Ctrl-C."""
+    from pipelines import serve
+    from pipelines.serving import settings as of
+
+    given = {
+        "run": run,
+        "archives": of.named(archive) if archive else None,
+        "alignment": alignment,
+        "results": results,
+        "replicas": replicas,
+        "gpu": gpu,
+        "chunk": chunk,
+        "token_file": token_file,
+    }
+    settings = of.resolve(config, given, assignments or [])
+    if dry_run:
+        console.print_json(settings.model_dump_json())
+        return
+    gateway = serve.run(settings, host, port)
+    console.print(f"http://{host}:{port}: serving {settings.run}; the API is at /docs", soft_wrap=True)
+    serve.until_stopped(settings, gateway)
+
+
 @app.command()
 def score(
     forecasts: Forecasts,

@@ -4,7 +4,7 @@ Nothing that is kept grows with the number of members, but for a temporary file 
 """
 
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -100,6 +100,31 @@ class Reduction:
         if self._spill is not None:
             self._spill.add(members)
 
+    def sums(self) -> dict[str, np.ndarray]:
+        """All that was added up, by name: what `merge` takes. Without quantiles of a size that stays."""
+        found: dict[str, Any] = {"n": self.n, "failed": self.failed}
+        found |= {name: getattr(self._moments, name) for name in ("count", "mean", "squares")}
+        for i, counter in enumerate(self._counters):
+            found |= {f"k{i}": counter.k, f"n{i}": counter.n}
+        if self._spill is not None:
+            found["members"] = self._spill.members()
+        return {name: np.asarray(values) for name, values in found.items()}
+
+    def merge(self, sums: Mapping[str, np.ndarray]) -> None:
+        """Take in the `sums` of other members.
+
+        Those of one `add` give, to the bit, what adding its members here would have given.
+        """
+        self.n += int(sums["n"])
+        self.failed += int(sums["failed"])
+        everything = slice(None)
+        self._moments.merge(everything, sums["count"], sums["mean"], sums["squares"])
+        for i, counter in enumerate(self._counters):
+            counter.k += sums[f"k{i}"]
+            counter.n += sums[f"n{i}"]
+        if self._spill is not None and sums["members"].size:
+            self._spill.add(sums["members"])
+
     def half_width(self) -> float:
         """Half the width of the widest interval of any event, over all pixels that any member speaks of.
 
@@ -158,14 +183,17 @@ class _Moments:
             part -= mean
             if not whole:
                 part *= known
-            squares = np.einsum("mp,mp->p", part, part)
-            before = self.count[block]
-            total = before + count
-            share = count / np.maximum(total, 1)
-            difference = mean - self.mean[block]
-            self.mean[block] += difference * share
-            self.squares[block] += squares + difference**2 * before * share
-            self.count[block] = total
+            self.merge(block, count, mean, np.einsum("mp,mp->p", part, part))
+
+    def merge(self, block: slice, count: Any, mean: np.ndarray, squares: np.ndarray) -> None:
+        """Take in the moments of other members at some pixels."""
+        before = self.count[block]
+        total = before + count
+        share = count / np.maximum(total, 1)
+        difference = mean - self.mean[block]
+        self.mean[block] += difference * share
+        self.squares[block] += squares + difference**2 * before * share
+        self.count[block] = total
 
     def result(self) -> tuple[np.ndarray, np.ndarray]:
         """Mean, and standard deviation of the population that members are a sample of; NaN of too few."""
@@ -185,6 +213,12 @@ class _Spill:
         members = np.ascontiguousarray(members, dtype=np.float32)
         self.count, self.size = self.count + len(members), members[0].size
         self.file.write(members.data)
+
+    def members(self) -> np.ndarray:
+        """Those that were added, float32 (m, P)."""
+        self.file.seek(0)
+        values = np.frombuffer(self.file.read(), dtype=np.float32)
+        return values.reshape(self.count, -1) if self.count else values
 
     def result(self, shape: tuple[int, ...]) -> np.ndarray:
         """Each quantile of what is known, float32 (quantiles, *shape); NaN where nothing is."""
@@ -294,7 +328,7 @@ def disk(radius_km: float, pixel_km: tuple[float, float]) -> list[int]:
 
 
 def dilate(hits: np.ndarray, widths: Sequence[int]) -> np.ndarray:
-    """Where any pixel of the disk around a pixel is hit, bool (m, H, W)."""
+    """The largest value in the disk around each pixel, of hits (m, H, W), bool or uint8."""
     found, wide, reached = np.zeros_like(hits), hits.copy(), 0
     if not hits.any():
         return found
@@ -302,14 +336,18 @@ def dilate(hits: np.ndarray, widths: Sequence[int]) -> np.ndarray:
     for row, half in reversed(list(enumerate(widths))):
         while reached < min(half, hits.shape[2] - 1):
             reached += 1
-            wide[..., reached:] |= hits[..., :-reached]
-            wide[..., :-reached] |= hits[..., reached:]
+            _raise(wide[..., reached:], hits[..., :-reached])
+            _raise(wide[..., :-reached], hits[..., reached:])
         if row == 0:
-            found |= wide
+            _raise(found, wide)
         elif row < hits.shape[1]:
-            found[:, row:] |= wide[:, :-row]
-            found[:, :-row] |= wide[:, row:]
+            _raise(found[:, row:], wide[:, :-row])
+            _raise(found[:, :-row], wide[:, row:])
     return found
+
+
+def _raise(values: np.ndarray, least: np.ndarray) -> None:
+    np.maximum(values, least, out=values)
 
 
 def _blocks(size: int, members: int) -> Iterator[slice]:

@@ -319,6 +319,18 @@ def _conversion(event: Event, task: Task) -> tuple[float, bool]:
     return table[units], task.variable == "vil" and units == "kg m-2"
 
 
+def unit_factor(units: str, task: Task) -> float:
+    """What values in these units are multiplied by to be in the task's.
+
+    Raises:
+        InputError: they do not fit.
+    """
+    table, found = _UNITS.get(task.units, {task.units: 1.0}), plain_units(units)
+    if found not in table:
+        raise InputError(f"units {units!r} do not fit {task.variable}: needed {', '.join(table)}")
+    return table[found]
+
+
 def plain_units(text: str) -> str:
     """Units in one spelling: `mm/h`, `mm hr^-1` and `mm·h⁻¹` are all `mm h-1`."""
     text = re.sub(r"\*\*|\^", "", text).translate(str.maketrans("⁻−²³¹·*", "--231  "))

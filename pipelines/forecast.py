@@ -15,7 +15,7 @@ from pipelines.archives import store
 from pipelines.ensembles import Reduction
 from pipelines.errors import InputError
 from pipelines.forecast_store import member_seeds, template
-from pipelines.plans import Plan, need
+from pipelines.plans import Ensemble, Plan, need
 from pipelines.windows import Window
 
 CHECKED = 16
@@ -189,18 +189,16 @@ class _Replica:
                 break
         found = reduction.result()
         if ensemble.kept:
-            found[planned.task.variable] = _filled(np.concatenate(kept), ensemble.members)
+            found[planned.task.variable] = filled(np.concatenate(kept), ensemble.members)
         if achieved:
-            found["functional_achieved"] = _filled(np.concatenate(achieved), ensemble.members)
+            found["functional_achieved"] = filled(np.concatenate(achieved), ensemble.members)
             found["functional_requested"] = np.asarray(requested)
         return found
 
     def _members(self, keys: Sequence[Window]) -> Iterator[Members]:
         planned = self.planned
-        seeds, batch = member_seeds(planned.seed, keys, planned.ensemble.members), self.batch_size
-        if planned.ensemble.until_ci is not None:
-            # A power of two, which ends where the intervals are looked at.
-            batch = 1 << (min(batch, CHECKED).bit_length() - 1)
+        seeds = member_seeds(planned.seed, keys, planned.ensemble.members)
+        batch = at_once(planned.ensemble, self.batch_size)
         return members_of(self.forecaster, self._context(keys), seeds, batch)
 
     def _context(self, keys: Sequence[Window]) -> torch.Tensor:
@@ -208,7 +206,15 @@ class _Replica:
         return torch.from_numpy(pixels).to(self.device)
 
 
-def _filled(members: np.ndarray, count: int) -> np.ndarray:
+def at_once(ensemble: Ensemble, batch_size: int) -> int:
+    """Members that are drawn together."""
+    if ensemble.until_ci is None:
+        return batch_size
+    # A power of two, which ends where the intervals are looked at.
+    return 1 << (min(batch_size, CHECKED).bit_length() - 1)
+
+
+def filled(members: np.ndarray, count: int) -> np.ndarray:
     """Members (m, ...) as (count, ...), NaN for those that were not drawn."""
     missing = np.full((count - len(members), *members.shape[1:]), np.nan, members.dtype)
     return np.concatenate([members, missing])

@@ -11,11 +11,11 @@ import numpy as np
 import torch
 import xarray as xr
 
-from pipelines import windows
 from pipelines.baselines import BASELINES
 from pipelines.ensembles import LEVEL
 from pipelines.events import NINO34, Bound, BoundEvent, plain_units
-from pipelines.plans import Plan, lead_times
+from pipelines.exceedances import Levels
+from pipelines.plans import Drawing, Ensemble, Plan, Samples
 from pipelines.tasks import TASKS, Task
 from pipelines.windows import Window
 
@@ -33,42 +33,14 @@ def member_seeds(seed: int, keys: Sequence[Window], members: int) -> torch.Tenso
 
 def template(planned: Plan) -> xr.Dataset:
     """Metadata and coordinates of the forecast; its values are not computed."""
-    task, archive, keys, ensemble = planned.task, planned.archive, planned.keys, planned.ensemble
-    coords = _coordinates(planned)
-    attrs = windows.attributes(task, archive, keys[0])
-    grid = {str(dim): size for dim, size in _place(planned).sizes.items() if dim != "window"}
-    variables: dict[str, xr.Variable] = {}
-    if ensemble.kept:
-        each = (ensemble.members, task.target, *grid.values())
-        shape = (len(keys), *each)
-        variables[task.variable] = xr.Variable(
-            ("window", "member", "lead_time", *grid),
-            dask.array.zeros(shape, dtype=np.float32, chunks=shape),
-            attrs=attrs,
-            encoding={
-                "chunks": (1, 1, *shape[2:]),
-                "shards": (planned.shard_windows, *each),
-                "_FillValue": np.float32("nan"),
-            },
-        )
-    if ensemble.reduced:
-        reduced = reductions(planned.bound(), len(keys), planned.shard_windows, attrs, ensemble.quantiles)
-        variables |= {str(name): variable.variable for name, variable in reduced.data_vars.items()}
-        coords |= {str(name): coord.variable for name, coord in reduced.coords.items()}
-    if planned.drawing is not None and planned.drawing.alignment is not None:
-        variables |= _functional(planned)
-    for variable in variables.values():
-        auxiliary = [
-            name
-            for name, coord in xr.Dataset(coords=coords).coords.items()
-            if name not in coord.dims and set(coord.dims) <= set(variable.dims) and coord.dims
-        ]
-        variable.attrs["coordinates"] = " ".join(sorted(map(str, auxiliary)))
-    return xr.Dataset(
-        variables,
-        coords=coords,
+    task, archive = planned.task, planned.archive
+    return layout(
+        planned.samples(),
+        planned.ensemble,
+        seed=planned.seed,
+        drawing=planned.drawing,
+        shard_windows=planned.shard_windows,
         attrs={
-            "Conventions": "CF-1.11",
             "title": f"{planned.forecaster} forecast of {task.variable}, {task.name} {planned.split} windows",
             "task": task.name,
             "forecaster": planned.forecaster,
@@ -79,9 +51,69 @@ def template(planned: Plan) -> xr.Dataset:
             "split": planned.split,
             "seed": planned.seed,
             "history": command(planned),
-        }
-        | _drawing(planned),
+        },
     )
+
+
+def layout(
+    samples: Samples,
+    ensemble: Ensemble,
+    *,
+    seed: int,
+    drawing: Drawing | None,
+    attrs: Mapping[str, Any],
+    shard_windows: int = 1,
+    shard_members: int | None = None,
+    levels: Levels | None = None,
+) -> xr.Dataset:
+    """Metadata and coordinates of a forecast of any windows; its values are not computed.
+
+    Args:
+        samples: its windows.
+        ensemble: what of their members is written.
+        seed: of the forecast; members' seeds derive from it.
+        drawing: of a diffusion model.
+        attrs: global attributes beside those that every forecast has.
+        shard_windows: windows of a shard.
+        shard_members: members of a shard; default: all.
+        levels: thresholds and radii whose exceedances are counted.
+    """
+    task, keys = samples.task, samples.keys
+    coords = _coordinates(samples, ensemble.members, seed)
+    grid = {str(dim): size for dim, size in samples.place.sizes.items() if dim != "window"}
+    variables: dict[str, xr.Variable] = {}
+    if ensemble.kept:
+        each = (ensemble.members, task.target, *grid.values())
+        shape = (len(keys), *each)
+        variables[task.variable] = xr.Variable(
+            ("window", "member", "lead_time", *grid),
+            dask.array.zeros(shape, dtype=np.float32, chunks=shape),
+            attrs=dict(samples.attrs),
+            encoding={
+                "chunks": (1, 1, *shape[2:]),
+                "shards": (shard_windows, shard_members or ensemble.members, *each[1:]),
+                "_FillValue": np.float32("nan"),
+            },
+        )
+    if ensemble.reduced:
+        bound = samples.bind(ensemble.events)
+        reduced = reductions(bound, len(keys), shard_windows, samples.attrs, ensemble.quantiles)
+        variables |= {str(name): variable.variable for name, variable in reduced.data_vars.items()}
+        coords |= {str(name): coord.variable for name, coord in reduced.coords.items()}
+    if levels is not None:
+        counted = exceedances(levels, samples, len(keys), shard_windows)
+        variables |= {str(name): variable.variable for name, variable in counted.data_vars.items()}
+        coords |= {str(name): coord.variable for name, coord in counted.coords.items()}
+    if drawing is not None and drawing.alignment is not None:
+        variables |= _functional(len(keys), ensemble.members, shard_windows)
+    for variable in variables.values():
+        auxiliary = [
+            name
+            for name, coord in xr.Dataset(coords=coords).coords.items()
+            if name not in coord.dims and set(coord.dims) <= set(variable.dims) and coord.dims
+        ]
+        variable.attrs["coordinates"] = " ".join(sorted(map(str, auxiliary)))
+    return xr.Dataset(variables, coords=coords, attrs={"Conventions": "CF-1.11", **attrs} | _drawing(drawing))
 
 
 def command(planned: Plan) -> str:
@@ -121,20 +153,15 @@ def _changes(task: Task) -> list[str]:
     return [f"task.{key}={json.dumps(value)}" for key, value in own.items() if value != named[key]]
 
 
-def _place(planned: Plan) -> xr.Dataset:
-    return windows.placement(planned.task, planned.archive, planned.keys)
-
-
-def _coordinates(planned: Plan) -> dict[str, Any]:
-    task, keys, members = planned.task, planned.keys, planned.ensemble.members
-    times = windows.frame_times(task, planned.archive, keys)
+def _coordinates(samples: Samples, members: int, seed: int) -> dict[str, Any]:
+    task, keys, times = samples.task, samples.keys, samples.times
     lead = {"standard_name": "forecast_period", "long_name": "time since init_time"}
     months = {"units": "months"} if task.step_minutes is None else {}
     coords: dict[str, Any] = {
-        **{str(name): value for name, value in _place(planned).coords.items()},
+        **{str(name): value for name, value in samples.place.coords.items()},
         "window": ("window", np.arange(len(keys)), {"long_name": "sample, in evaluation order"}),
         "member": ("member", np.arange(members), {"standard_name": "realization"}),
-        "lead_time": ("lead_time", lead_times(task, times[0]), lead | months),
+        "lead_time": ("lead_time", samples.lead_times, lead | months),
         "series": ("window", np.array([k.series for k in keys]), {"long_name": "series of the archive"}),
         "start": (
             "window",
@@ -154,7 +181,7 @@ def _coordinates(planned: Plan) -> dict[str, Any]:
         ),
         "seed": (
             ("window", "member"),
-            member_seeds(planned.seed, keys, members).numpy(),
+            member_seeds(seed, keys, members).numpy(),
             {"long_name": "seed of the member's random numbers"},
         ),
     }
@@ -165,9 +192,8 @@ def _coordinates(planned: Plan) -> dict[str, Any]:
     return coords
 
 
-def _functional(planned: Plan) -> dict[str, xr.Variable]:
+def _functional(count: int, members: int, shard_windows: int) -> dict[str, xr.Variable]:
     """What knowledge alignment asked of the forecast, and what each member made of it."""
-    count, members = len(planned.keys), planned.ensemble.members
     found = {}
     for name, dims, said in (
         ("functional_requested", ("window",), "value of the functional that was asked for"),
@@ -178,13 +204,12 @@ def _functional(planned: Plan) -> dict[str, xr.Variable]:
             dims,
             dask.array.zeros(shape, dtype=np.float32, chunks=shape),
             attrs={"long_name": said, "units": "1", "comment": "of the scaled field, 0-1"},
-            encoding={"chunks": (planned.shard_windows, *shape[1:]), "_FillValue": np.float32("nan")},
+            encoding={"chunks": (shard_windows, *shape[1:]), "_FillValue": np.float32("nan")},
         )
     return found
 
 
-def _drawing(planned: Plan) -> dict[str, Any]:
-    drawing = planned.drawing
+def _drawing(drawing: Drawing | None) -> dict[str, Any]:
     if drawing is None:
         return {}
     found: dict[str, Any] = {"sampler": drawing.sampler, "sampler_steps": drawing.steps}
@@ -291,6 +316,40 @@ def reductions(
             said_of = {"long_name": said, "units": "1"} | (extra if key == "probability" else {})
             found[f"{prefix}{key}"] = lay_out((dim, *of), said_of, len(of))
     return xr.Dataset(found, coords=coords)
+
+
+def exceedances(levels: Levels, samples: Samples, windows: int, shard_windows: int) -> xr.Dataset:
+    """Variables and coordinates of a store of `Exceedances`; its values are not computed."""
+    grid = {str(dim): size for dim, size in samples.place.sizes.items() if dim != "window"}
+    sizes = {
+        "exceedance_radius": len(levels.radii),
+        "exceedance_threshold": len(levels.thresholds),
+        "lead_time": samples.task.target,
+        **grid,
+    }
+    name = str(samples.attrs.get("long_name", samples.task.variable))
+    said = {
+        "exceedance": (tuple(sizes), f"members whose {name} is at least the threshold within the radius"),
+        "exceedance_known": (tuple(sizes)[2:], f"members that have a {name}"),
+    }
+    variables = {}
+    for variable, (dims, text) in said.items():
+        shape = (windows, *(sizes[dim] for dim in dims))
+        variables[variable] = xr.Variable(
+            ("window", *dims),
+            dask.array.zeros(shape, dtype=np.uint16, chunks=shape),
+            attrs={"long_name": text, "units": "1"},
+            encoding={
+                "chunks": (*[1] * (len(shape) - 3), *shape[-3:]),
+                "shards": (shard_windows, *shape[1:]),
+            },
+        )
+    units = {"units": samples.task.units}
+    coords = {
+        "exceedance_radius": ("exceedance_radius", np.array(levels.radii), {"units": "km"}),
+        "exceedance_threshold": ("exceedance_threshold", np.array(levels.thresholds), units),
+    }
+    return xr.Dataset(variables, coords=coords)
 
 
 def _event_coords(prefix: str, events: Sequence[BoundEvent], bound: Bound) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from matplotlib.colors import BoundaryNorm, Colormap, ListedColormap, Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullLocator
 
-from pipelines.plots import image, style
+from pipelines.plots import style
 from pipelines.score import Source
 from pipelines.tasks import Task
 
@@ -94,9 +94,24 @@ def probabilities() -> Palette:
     return Palette(cmap, BoundaryNorm(PROBABILITY_LEVELS, cmap.N), extra, "probability")
 
 
-def draw(source: Source, index: int, rows: Sequence[Row], colours: Palette) -> str:
-    """The rows on the grid of a window, as an image."""
-    extent, origin = view(source, index)
+@dataclass(frozen=True)
+class View:
+    """How a window lies on the page."""
+
+    extent: tuple[float, float, float, float]
+    """West, east, south and north edges, in km from the south-western corner or in degrees."""
+    origin: Literal["upper", "lower"]
+    """Row 0 is the north or the south edge."""
+
+    @classmethod
+    def of(cls, y: np.ndarray, x: np.ndarray, metres: bool) -> "View":
+        """From the pixels' centres."""
+        return cls((*_span(x, metres), *_span(y, metres)), "upper" if y[0] > y[-1] else "lower")
+
+
+def draw(view: View, rows: Sequence[Row], colours: Palette) -> Figure:
+    """The rows on the grid of a window."""
+    extent, origin = view.extent, view.origin
     columns = max(len(row.fields) for row in rows)
     width = min(12 / columns, 3.0)
     height = width * (extent[3] - extent[2]) / (extent[1] - extent[0])
@@ -143,7 +158,7 @@ def draw(source: Source, index: int, rows: Sequence[Row], colours: Palette) -> s
         bar.set_label(colours.label, fontsize=8.5)
         bar.ax.tick_params(labelsize=8, length=2)
         bar.outline.set(edgecolor="#9aa4ae", linewidth=0.7)
-        return image(figure, "png")
+        return figure
 
 
 def _outline(axes: Axes, where: np.ndarray, extent: tuple[float, ...], origin: Any) -> None:
@@ -154,13 +169,13 @@ def _outline(axes: Axes, where: np.ndarray, extent: tuple[float, ...], origin: A
         )
 
 
-def view(source: Source, index: int) -> tuple[tuple[float, float, float, float], Literal["upper", "lower"]]:
-    """West, east, south and north edges, and whether row 0 is the north or the south edge."""
+def view(source: Source, index: int) -> View:
+    """How a window of a forecast lies on the page."""
     root, in_metres = source.store.root, metric(source)
     y, x = (root[name].values for name in root[source.name].dims[-2:])
     if not in_metres and "x_origin" in root.coords:
         y, x = y + root["y_origin"].values[index], x + root["x_origin"].values[index]
-    return (*_span(x, in_metres), *_span(y, in_metres)), "upper" if y[0] > y[-1] else "lower"
+    return View.of(y, x, in_metres)
 
 
 def metric(source: Source) -> bool:

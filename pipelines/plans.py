@@ -2,11 +2,12 @@
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, cast
 
 import numpy as np
+import xarray as xr
 
 from earthformer.forecasters import Forecaster
 from pipelines import configs, engine, runs, windows
@@ -104,6 +105,37 @@ def need(holds: bool, name: str, found: Any, needed: str) -> None:
         raise InputError(f"{name} is {found}: needed {needed}")
 
 
+@dataclass(frozen=True, eq=False)
+class Samples:
+    """The windows of a forecast, but for their pixels: which they are, and when and where they lie."""
+
+    task: Task
+    keys: tuple[Window, ...]
+    times: np.ndarray
+    """datetime64[ns] (N, T_in + T_out), of context and target."""
+    place: xr.Dataset
+    """As `windows.placement`."""
+    attrs: Mapping[str, Any]
+    """CF attributes of the task's variable."""
+
+    @property
+    def lead_times(self) -> np.ndarray:
+        """(T_out,), timedelta64, or for ENSO months."""
+        if self.task.step_minutes is None:
+            return np.arange(1, self.task.target + 1)
+        times, context = self.times[0], self.task.context
+        leads: np.ndarray = (times - times[context - 1])[context:]
+        return leads
+
+    def bind(self, events: tuple[Event, ...]) -> Bound:
+        """Events in the terms of this forecast.
+
+        Raises:
+            InputError: an event that does not fit the task or its grid.
+        """
+        return bind(events, self.task, self.place, self.lead_times)
+
+
 @dataclass(frozen=True)
 class Plan:
     """What is to be forecast: enough to write the template, to cut shards and to make any one of them."""
@@ -155,15 +187,24 @@ class Plan:
             "shard_windows": self.shard_windows,
         }
 
+    def samples(self) -> Samples:
+        """When and where the windows lie."""
+        task, archive, keys = self.task, self.archive, self.keys
+        return Samples(
+            task,
+            keys,
+            windows.frame_times(task, archive, keys),
+            windows.placement(task, archive, keys),
+            windows.attributes(task, archive, keys[0]),
+        )
+
     def bound(self) -> Bound:
         """The events in the terms of this forecast.
 
         Raises:
             InputError: an event that does not fit the task or its grid.
         """
-        place = windows.placement(self.task, self.archive, self.keys)
-        leads = lead_times(self.task, windows.frame_times(self.task, self.archive, self.keys[:1])[0])
-        return bind(self.ensemble.events, self.task, place, leads)
+        return self.samples().bind(self.ensemble.events)
 
     def check_weights(self) -> None:
         """
@@ -186,18 +227,24 @@ class Plan:
             return BASELINES[self.run](self.task)
         forecaster = runs.open_run(self.run).forecaster()
         if self.drawing is not None:
-            _set_up(cast(Any, forecaster), self.drawing)
+            guiding = self.drawing.alignment
+            set_up(forecaster, self.drawing, runs.open_run(guiding).module() if guiding else None)
+            if self.drawing.compile:
+                cast(Any, forecaster).ema.module.compile()
         return forecaster
 
 
-def _set_up(prediff: Any, drawing: Drawing) -> None:
+def set_up(forecaster: Forecaster, drawing: Drawing, constraint: Any) -> None:
+    """Have a diffusion model draw its members like this.
+
+    `constraint` is the alignment network that the drawing names, if it names one.
+    """
     from earthformer.prediff import Guide, Sampling
 
+    prediff = cast(Any, forecaster)
     prediff.sampling = Sampling(drawing.sampler, drawing.steps, drawing.precision)
-    if drawing.compile:
-        prediff.ema.module.compile()
+    prediff.guide = None
     if drawing.alignment is not None:
-        constraint = cast(Any, runs.open_run(drawing.alignment).module())
         assert drawing.strength is not None
         prediff.guide = Guide(constraint, drawing.deviations, drawing.strength)
 
@@ -253,7 +300,7 @@ def plan(
     _check_members(name, ensemble, diffusion)
     if diffusion:
         assert trained is not None
-        drawing = _checked(drawing or Drawing(), trained)
+        drawing = checked(drawing or Drawing(), trained)
         name += f" μ{drawing.deviations:+g}σ" if drawing.alignment is not None else ""
     elif drawing is not None:
         raise InputError(
@@ -293,14 +340,26 @@ def _check_members(name: str, ensemble: Ensemble, diffusion: bool) -> None:
         )
 
 
-def _checked(drawing: Drawing, run: runs.Run) -> Drawing:
-    """The drawing with its network's hash and strength, once sampler, steps and network are known to fit."""
+def check_sampling(drawing: Drawing, run: runs.Run) -> None:
+    """
+    Raises:
+        InputError: the run's model cannot be sampled like this.
+    """
     from earthformer.diffusion import Diffusion
 
     try:
         Diffusion(run.config.model.diffusion).stepper(drawing.sampler, drawing.steps)
     except ValueError as error:
         raise InputError(str(error)) from error
+
+
+def checked(drawing: Drawing, run: runs.Run) -> Drawing:
+    """The drawing with its network's hash and strength, once sampler, steps and network are known to fit.
+
+    Raises:
+        InputError: they do not fit.
+    """
+    check_sampling(drawing, run)
     if drawing.alignment is None:
         return drawing
     url = engine.absolute(drawing.alignment)
@@ -341,11 +400,3 @@ def _check_model(run: runs.Run, archive: Archive, height: int, width: int) -> No
                 f"{archive.url} gives task {task.name} a {what} of {frames} × {height} × {width}: "
                 f"the model of {run.url} needs {' × '.join(map(str, shape[:3]))}"
             )
-
-
-def lead_times(task: Task, times: np.ndarray) -> np.ndarray:
-    """(T_out,) of one window's frame times (T_in + T_out,): timedelta64, or for ENSO months."""
-    if task.step_minutes is None:
-        return np.arange(1, task.target + 1)
-    leads: np.ndarray = (times - times[task.context - 1])[task.context :]
-    return leads

@@ -267,12 +267,18 @@ def style() -> Iterator[None]:
         yield
 
 
+def rendered(figure: Figure, kind: Literal["png", "svg"]) -> bytes:
+    """A figure as an image."""
+    buffer = io.BytesIO()
+    with style():
+        if kind == "svg":
+            figure.savefig(buffer, format="svg", metadata={"Date": None})
+        else:
+            figure.savefig(buffer, format="png", dpi=130)
+    return buffer.getvalue()
+
+
 def image(figure: Figure, kind: Literal["png", "svg"]) -> str:
     """A figure as the address of an image that holds itself."""
-    buffer = io.BytesIO()
-    if kind == "svg":
-        figure.savefig(buffer, format="svg", metadata={"Date": None})
-    else:
-        figure.savefig(buffer, format="png", dpi=130)
     name = "svg+xml" if kind == "svg" else kind
-    return f"data:image/{name};base64,{base64.b64encode(buffer.getvalue()).decode()}"
+    return f"data:image/{name};base64,{base64.b64encode(rendered(figure, kind)).decode()}"

@@ -245,6 +245,13 @@ class Grid:
         ]
         return np.array(middle[:1]), np.array(middle[1:])
 
+    def degrees(self, window: int, rows: np.ndarray, columns: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Longitude and latitude of the centres of some pixels of a window, of the shape of `rows`."""
+        i = self.of_window(window)
+        return self._degrees(
+            self.proj[i], self.x_origin[i] + self.x[columns], self.y_origin[i] + self.y[rows]
+        )
+
     def __str__(self) -> str:
         """The windows' extent in degrees."""
         (dy, dx), corners = self.step, []

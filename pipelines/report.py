@@ -17,6 +17,7 @@ from pipelines import maps, plots, verification, windows
 from pipelines.archives.store import Archive, open_archive
 from pipelines.errors import InputError
 from pipelines.maps import Row
+from pipelines.plots import image
 from pipelines.score import ScoreCard, Source, check_comparable, open_forecast, saved, score
 from pipelines.sheets import error_units, labels, sheets
 from pipelines.tasks import Task
@@ -245,7 +246,7 @@ def _case(
     where = key.series + (f", tile at row {key.tile[0]}, column {key.tile[1]}" if key.tile else "")
     guided = [_guided(*each, index) for each in zip(sources, labels(cards, members=True), strict=True)]
     said = " ".join(["Context, truth and forecasts.", *filter(None, guided)])
-    images = [(said, maps.draw(source, index, rows, maps.palette(task)))]
+    images = [(said, image(maps.draw(maps.view(source, index), rows, maps.palette(task)), "png"))]
     for other, label in zip(sources, labels(cards, members=True), strict=True):
         if other.members > 1:
             images.append(_stamps(other, label, index, truth, titles[-1], land))
@@ -282,7 +283,7 @@ def _stamps(
         for first in range(0, len(fields), STAMPS)
     ]
     said = f"{_capital(label)}: the truth and the first {shown} members, {title}."
-    return said, maps.draw(source, index, rows, maps.palette(source.task))
+    return said, image(maps.draw(maps.view(source, index), rows, maps.palette(source.task)), "png")
 
 
 def _probabilities(
@@ -316,7 +317,7 @@ def _probabilities(
         for n, threshold in enumerate(chosen)
     ]
     said = f"{_capital(label)}: probability of reaching a threshold; the line is where the truth did."
-    return said, maps.draw(source, index, rows, maps.probabilities())
+    return said, image(maps.draw(maps.view(source, index), rows, maps.probabilities()), "png")
 
 
 def _events(source: Source, label: str, index: int) -> tuple[str, str]:
@@ -335,12 +336,12 @@ def _events(source: Source, label: str, index: int) -> tuple[str, str]:
         for e, name in enumerate(names[:EVENTS])
     ]
     said = f"{_capital(label)}: probability of {_listed([f'“{name}”' for name in names[:EVENTS]])}."
-    return said, maps.draw(source, index, rows, maps.probabilities())
+    return said, image(maps.draw(maps.view(source, index), rows, maps.probabilities()), "png")
 
 
 def _side(source: Source) -> tuple[float, str]:
     """Length and unit of the longer side of the windows."""
-    west, east, south, north = maps.view(source, 0)[0]
+    west, east, south, north = maps.view(source, 0).extent
     return max(abs(east - west), abs(north - south)), "km" if maps.metric(source) else "°"
 
 

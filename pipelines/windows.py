@@ -24,6 +24,7 @@ from torch.utils.data import random_split
 
 from pipelines.archives import UNREADABLE, why
 from pipelines.archives.store import Archive
+from pipelines.configs import unknown
 from pipelines.errors import InputError
 from pipelines.tasks import Task, Tiles
 
@@ -87,8 +88,48 @@ def read(task: Task, archive: Archive, windows: Sequence[Window]) -> dict[str, n
     Raises:
         InputError: a chunk of the archive is damaged.
     """
-    frames = np.stack([_READ[task.archive](task, archive, window) for window in windows])[..., None]
+    frames = np.stack([_READ[task.archive](task, archive, window, task.frames) for window in windows])[
+        ..., None
+    ]
     return {"context": frames[:, : task.context], "target": frames[:, task.context :]}
+
+
+def read_context(task: Task, archive: Archive, window: Window) -> np.ndarray:
+    """The `context` (1, T_in, H, W, 1) alone, of a window whose target may not have been observed yet.
+
+    Raises:
+        InputError: a chunk of the archive is damaged.
+    """
+    frames: np.ndarray = _READ[task.archive](task, archive, window, task.context)
+    return frames[None, ..., None]
+
+
+def check(task: Task, archive: Archive, window: Window) -> None:
+    """
+    Raises:
+        InputError: the archive has no such series, or the context lies partly outside of it.
+    """
+    series, last_starts = window.series, _LAST_STARTS[task.archive](task, archive)
+    if series in archive.quarantine:
+        raise InputError(f"{series} could not be read when the archive was prepared: needed another event")
+    if series not in last_starts:
+        unknown("event", series, sorted(last_starts))
+    last = last_starts[series]
+    if not 0 <= window.start <= last:
+        needed = f"0 to {last}" if last >= 0 else "a longer event"
+        raise InputError(
+            f"start is {window.start}: needed {needed}, for {task.context} frames of context in {series}"
+        )
+    if task.archive != "radar":
+        if window.tile is not None:
+            raise InputError(f"tile is {list(window.tile)}: needed none, for {archive.kind} has no tiles")
+        return
+    size, sizes = (task.tiles or Tiles()).size, archive.group(series).sizes
+    most = sizes["y"] - size, sizes["x"] - size
+    if window.tile is None or not all(0 <= n <= end for n, end in zip(window.tile, most, strict=True)):
+        raise InputError(
+            f"tile is {window.tile and list(window.tile)}: needed its first row and column, at most {most}"
+        )
 
 
 def batches(
@@ -145,7 +186,22 @@ def _read_table(table: pa.Table, task: Task, archive: Archive) -> dict[str, np.n
 
 def frame_times(task: Task, archive: Archive, windows: Sequence[Window]) -> np.ndarray:
     """Valid time of every frame, datetime64[ns] (B, T_in + T_out)."""
-    return np.stack([_TIMES[task.archive](task, archive, window) for window in windows])
+    return np.stack([_TIMES[task.archive](task, archive, window, task.frames) for window in windows])
+
+
+def context_times(task: Task, archive: Archive, window: Window) -> np.ndarray:
+    """Valid time of every frame of the context and of the target to come, datetime64[ns] (T_in + T_out,)."""
+    return continued(task, _TIMES[task.archive](task, archive, window, task.context))
+
+
+def continued(task: Task, times: np.ndarray) -> np.ndarray:
+    """Times of the context (T_in,), and after them those of the target, datetime64[ns] (T_in + T_out,)."""
+    ahead = np.arange(1, task.target + 1)
+    if task.step_minutes is None:
+        target = (times[-1].astype("datetime64[M]") + ahead).astype("datetime64[ns]")
+    else:
+        target = times[-1] + ahead * np.timedelta64(task.step_minutes, "m")
+    return np.concatenate([times.astype("datetime64[ns]"), target])
 
 
 def read_nino(task: Task, archive: Archive, windows: Sequence[Window]) -> np.ndarray:
@@ -197,7 +253,7 @@ def _pixels(archive: Archive, group: str, variable: str, place: tuple[Any, ...])
     return values
 
 
-def _origins(y: np.ndarray, x: np.ndarray, proj: Sequence[str]) -> dict[str, Any]:
+def origins(y: np.ndarray, x: np.ndarray, proj: Sequence[str]) -> dict[str, Any]:
     """Coordinates of each window: where its offsets count from."""
     found: dict[str, Any] = {
         "proj": ("window", np.array(proj), {"long_name": "PROJ string; empty: latitude and longitude"})
@@ -212,7 +268,7 @@ def _origins(y: np.ndarray, x: np.ndarray, proj: Sequence[str]) -> dict[str, Any
     return found
 
 
-def _offsets(axis: str, values: np.ndarray, metres: bool) -> tuple[str, np.ndarray, dict[str, str]]:
+def offsets(axis: str, values: np.ndarray, metres: bool) -> tuple[str, np.ndarray, dict[str, str]]:
     # No standard name: an offset is no projection coordinate, and no latitude.
     said = {"units": "m" if metres else "degrees", "long_name": f"offset from the window's {axis[0]}_origin"}
     return axis, values, said
@@ -258,24 +314,28 @@ def _slide(task: Task, archive: Archive, events: Iterable[str], split: str) -> l
     return [Window(str(event), start) for event in events for start in starts]
 
 
-def _sevir_frames(task: Task, archive: Archive, window: Window) -> np.ndarray:
+def _sevir_frames(task: Task, archive: Archive, window: Window, frames: int) -> np.ndarray:
     event = archive.positions("event")[window.series]
-    return _pixels(archive, "", task.variable, (event, slice(window.start, window.start + task.frames)))
+    return _pixels(archive, "", task.variable, (event, slice(window.start, window.start + frames)))
 
 
-def _sevir_times(task: Task, archive: Archive, window: Window) -> np.ndarray:
+def _sevir_times(task: Task, archive: Archive, window: Window, frames: int) -> np.ndarray:
     event = archive.positions("event")[window.series]
-    return archive.root["frame_time"].values[event, window.start : window.start + task.frames]
+    return archive.root["frame_time"].values[event, window.start : window.start + frames]
+
+
+def _sevir_last_starts(task: Task, archive: Archive) -> dict[str, int]:
+    return dict.fromkeys(archive.positions("event"), archive.root.sizes["time"] - task.context)
 
 
 def _sevir_placement(task: Task, archive: Archive, windows: Sequence[Window]) -> xr.Dataset:
     root, rows = archive.root, [archive.positions("event")[w.series] for w in windows]
     y, x = (str(dim) for dim in root[task.variable].dims[-2:])
-    origins = _origins(
+    corners = origins(
         root["y_origin"].values[rows], root["x_origin"].values[rows], [root["crs"].attrs["proj4"]] * len(rows)
     )
-    axes = {dim: _offsets(dim, root[dim].values, metres=True) for dim in (y, x)}
-    return xr.Dataset(coords={**axes, **origins})
+    axes = {dim: offsets(dim, root[dim].values, metres=True) for dim in (y, x)}
+    return xr.Dataset(coords={**axes, **corners})
 
 
 # ----------------------------------------------------------------------------------------------- ENSO
@@ -297,16 +357,21 @@ def _enso_windows(task: Task, archive: Archive, split: str) -> list[Window]:
     ]
 
 
-def _enso_frames(task: Task, archive: Archive, window: Window) -> np.ndarray:
+def _enso_frames(task: Task, archive: Archive, window: Window, frames: int) -> np.ndarray:
     source = archive.positions("source")[window.series]
-    months = slice(window.start, window.start + task.frames)
+    months = slice(window.start, window.start + frames)
     return _pixels(archive, "", task.variable, (source, months, slice(None), ENSO_LONGITUDES))
 
 
-def _enso_times(task: Task, archive: Archive, window: Window) -> np.ndarray:
+def _enso_times(task: Task, archive: Archive, window: Window, frames: int) -> np.ndarray:
     # Model years have no date: count months from a nominal January 1700, inside what datetime64[ns] holds.
     first = np.datetime64("1700-01", "M") + window.start
-    return (first + np.arange(task.frames)).astype("datetime64[ns]")
+    return (first + np.arange(frames)).astype("datetime64[ns]")
+
+
+def _enso_last_starts(task: Task, archive: Archive) -> dict[str, int]:
+    months = (int(n) for n in archive.root["n_months"].values)
+    return {name: n - task.context for name, n in zip(archive.positions("source"), months, strict=True)}
 
 
 def _enso_placement(task: Task, archive: Archive, windows: Sequence[Window]) -> xr.Dataset:
@@ -383,45 +448,53 @@ def _tile_counts(archive: Archive, name: str, variable: str, tiles: Tiles) -> tu
     return np.stack(wet), np.stack(covered)
 
 
-def _radar_frames(task: Task, archive: Archive, window: Window) -> np.ndarray:
+def _radar_frames(task: Task, archive: Archive, window: Window, frames: int) -> np.ndarray:
     step, size = _step(task, archive, window.series), (task.tiles or Tiles()).size
     y, x = window.tile or (0, 0)
-    frames = slice(window.start, window.start + (task.frames - 1) * step + 1, step)
-    place = (frames, slice(y, y + size), slice(x, x + size))
+    steps = slice(window.start, window.start + (frames - 1) * step + 1, step)
+    place = (steps, slice(y, y + size), slice(x, x + size))
     return _pixels(archive, window.series, task.variable, place)
 
 
-def _radar_times(task: Task, archive: Archive, window: Window) -> np.ndarray:
+def _radar_times(task: Task, archive: Archive, window: Window, frames: int) -> np.ndarray:
     step = _step(task, archive, window.series)
     times = archive.group(window.series)["time"].values
-    return times[window.start : window.start + (task.frames - 1) * step + 1 : step]
+    return times[window.start : window.start + (frames - 1) * step + 1 : step]
+
+
+def _radar_last_starts(task: Task, archive: Archive) -> dict[str, int]:
+    tiles = task.tiles or Tiles()
+    names = [n for n in archive.positions("sequence") if n not in archive.quarantine]
+    return {
+        name: archive.group(name).sizes["time"] - (task.context - 1) * _step(task, archive, name) - 1
+        for name in names
+        if not _unfit(task, archive, name, tiles)
+    }
 
 
 def _radar_placement(task: Task, archive: Archive, windows: Sequence[Window]) -> xr.Dataset:
     size = (task.tiles or Tiles()).size
     names, proj = [window.series for window in windows], archive.root["proj"].values
     axes = {n: (archive.group(n)["y"].values, archive.group(n)["x"].values) for n in dict.fromkeys(names)}
-    offsets = {name: np.stack([axis[:size] - axis[0] for axis in both]) for name, both in axes.items()}
-    first = next(iter(offsets))
-    for name, other in offsets.items():
+    apart = {name: np.stack([axis[:size] - axis[0] for axis in both]) for name, both in axes.items()}
+    first = next(iter(apart))
+    for name, other in apart.items():
         # Producers round: up to half a pixel over a whole tile is no difference.
-        if (
-            np.abs(other - offsets[first]).max(1) > np.abs(offsets[first][:, -1]) / max(1, size - 1) / 2
-        ).any():
+        if (np.abs(other - apart[first]).max(1) > np.abs(apart[first][:, -1]) / max(1, size - 1) / 2).any():
             raise InputError(
                 f"{archive.url}: pixels of {name} are {other[0, 1]:g} × {other[1, 1]:g} apart, those of "
-                f"{first} {offsets[first][0, 1]:g} × {offsets[first][1, 1]:g}: needed one pixel size"
+                f"{first} {apart[first][0, 1]:g} × {apart[first][1, 1]:g}: needed one pixel size"
             )
     corners = [(window.series, *(window.tile or (0, 0))) for window in windows]
     projections = [str(proj[archive.positions("sequence")[name]]) for name in names]
-    origins = _origins(
+    placed = origins(
         np.array([axes[name][0][row] for name, row, _ in corners]),
         np.array([axes[name][1][column] for name, _, column in corners]),
         projections,
     )
-    y, x = offsets[first]
+    y, x = apart[first]
     metres = bool(projections[0])
-    return xr.Dataset(coords={"y": _offsets("y", y, metres), "x": _offsets("x", x, metres), **origins})
+    return xr.Dataset(coords={"y": offsets("y", y, metres), "x": offsets("x", x, metres), **placed})
 
 
 def _cadence(archive: Archive, name: str) -> int:
@@ -473,7 +546,7 @@ _ENUMERATE: dict[str, Callable[[Task, Archive, str], list[Window]]] = {
     "enso": _enso_windows,
     "radar": _radar_windows,
 }
-_READ: dict[str, Callable[[Task, Archive, Window], np.ndarray]] = {
+_READ: dict[str, Callable[[Task, Archive, Window, int], np.ndarray]] = {
     "sevir": _sevir_frames,
     "sevir-lr": _sevir_frames,
     "enso": _enso_frames,
@@ -485,9 +558,15 @@ _PLACE: dict[str, Callable[[Task, Archive, Sequence[Window]], xr.Dataset]] = {
     "enso": _enso_placement,
     "radar": _radar_placement,
 }
-_TIMES: dict[str, Callable[[Task, Archive, Window], np.ndarray]] = {
+_TIMES: dict[str, Callable[[Task, Archive, Window, int], np.ndarray]] = {
     "sevir": _sevir_times,
     "sevir-lr": _sevir_times,
     "enso": _enso_times,
     "radar": _radar_times,
+}
+_LAST_STARTS: dict[str, Callable[[Task, Archive], dict[str, int]]] = {
+    "sevir": _sevir_last_starts,
+    "sevir-lr": _sevir_last_starts,
+    "enso": _enso_last_starts,
+    "radar": _radar_last_starts,
 }

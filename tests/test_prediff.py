@@ -8,6 +8,7 @@ import torch
 from earthformer.config import Attention, FeedForward, Scaling
 from earthformer.constraint import Constraint
 from earthformer.diffusion import Diffusion
+from earthformer.forecasters import members_of
 from earthformer.latents import FrameAutoencoder, matched
 from earthformer.prediff import Guide, PreDiff, Sampling
 from earthformer.prediff_config import (
@@ -122,7 +123,7 @@ def test_a_member_follows_from_its_seed(batch, sampler):
     assert whole.dtype == torch.float32
     order = [4, 2, 0, 1, 3]
     assert torch.equal(prediff.forecast(context, SEEDS[:, order]), whole[:, order])
-    pairs = [part.fields for part in prediff.members(context, SEEDS, 2)]
+    pairs = [part.fields for part in members_of(prediff, context, SEEDS, 2)]
     assert [part.shape[1] for part in pairs] == [2, 2, 1]
     torch.testing.assert_close(torch.cat(pairs, 1), whole, rtol=1e-3, atol=1e-2)
     spread = whole.std(1)
@@ -142,7 +143,7 @@ def test_the_context_is_encoded_once_a_forecast(batch, monkeypatch):
     monkeypatch.setattr(
         prediff.latents.autoencoder, "encode", lambda frames: calls.append(frames.shape[1]) or encode(frames)
     )
-    list(prediff.members(batch["context"][:1], SEEDS, 2))
+    list(members_of(prediff, batch["context"][:1], SEEDS, 2))
     assert calls == [3, 2]  # the context, and what its motion makes of the target
 
 
@@ -199,15 +200,15 @@ def test_guided_members_say_what_was_asked_and_what_they_made_of_it(batch):
     constraint = Constraint(dataclasses.replace(ALIGNMENT, normalise=True), AUTOENCODER, VIL).eval()
     plain = prediff.forecast(context, SEEDS)
     prediff.guide = Guide(constraint, deviations=4.0, strength=50.0)
-    (found,) = prediff.members(context, SEEDS, 5)
+    (found,) = members_of(prediff, context, SEEDS, 5)
     seen = context.float().mean((2, 3, 4)) / 255
     torch.testing.assert_close(found.requested, constraint.gaussian.level(seen, 4.0))
     torch.testing.assert_close(found.achieved, found.fields.mean((2, 3, 4, 5)) / 255)
     assert not torch.equal(found.fields, plain)
     prediff.guide = Guide(constraint, deviations=4.0, strength=0.0)
-    (idle,) = prediff.members(context, SEEDS, 5)
+    (idle,) = members_of(prediff, context, SEEDS, 5)
     torch.testing.assert_close(idle.fields, plain)
-    nothing = list(prediff.members(torch.full_like(context, 255), SEEDS, 2))
+    nothing = list(members_of(prediff, torch.full_like(context, 255), SEEDS, 2))
     assert [part.fields.shape[1] for part in nothing] == [2, 2, 1]
     assert all(torch.isnan(each).all() for part in nothing for each in (part.achieved, part.requested))
 
@@ -334,7 +335,7 @@ def test_each_member_drifts_by_its_own_seed_however_it_is_batched(batch):
     expected = latents.decode(latents.autoencoder.encode(moved)[0])
     torch.testing.assert_close(whole[0], expected, rtol=1e-4, atol=1e-2)
     assert (whole.std(1).mean((0, 2, 3, 4)).diff() > 0).all()
-    singly = [part.fields for part in prediff.members(context, SEEDS.flip(1), 1)]
+    singly = [part.fields for part in members_of(prediff, context, SEEDS.flip(1), 1)]
     torch.testing.assert_close(torch.cat(singly, 1).flip(1), whole, rtol=1e-4, atol=1e-2)
     with pytest.raises(ValueError, match=r"drift is 0.5: needed denoiser.aligned_channels"):
         PreDiffConfig(DENOISER, drift=0.5)

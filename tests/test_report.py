@@ -114,9 +114,9 @@ def test_cards_of_other_forecasts_are_refused(tmp_path, forecasts, archive, card
 
 
 def test_row_0_is_south_for_sevir_and_north_for_radar(tmp_path, forecasts, archive, ray_cluster):
-    extent, origin = maps.view(open_forecast(forecasts[0], archive), 0)
-    assert origin == "lower"
-    np.testing.assert_allclose(extent, (0, 384, 0, 384), atol=1e-6)
+    view = maps.view(open_forecast(forecasts[0], archive), 0)
+    assert view.origin == "lower"
+    np.testing.assert_allclose(view.extent, (0, 384, 0, 384), atol=1e-6)
 
     synthetic.write_radar(tmp_path / "raw", sequences=1, seed=0)
     prepare("radar", str(tmp_path / "raw"), str(tmp_path / "radar.zarr"), progress=False)
@@ -124,9 +124,9 @@ def test_row_0_is_south_for_sevir_and_north_for_radar(tmp_path, forecasts, archi
     task = dataclasses.replace(TASKS["radar"], tiles=Tiles(size=32), context=2, target=2)
     chosen = [Window(str(radar.root["sequence"].values[0]), start, (16, 32)) for start in (0, 4)]
     url = write_forecast(str(tmp_path / "f.zarr"), task, radar, chosen, persist(task, radar, chosen))
-    extent, origin = maps.view(open_forecast(url, radar), 0)
-    assert origin == "upper"
-    np.testing.assert_allclose(extent, (0, 32, 0, 32), atol=1e-6)
+    view = maps.view(open_forecast(url, radar), 0)
+    assert view.origin == "upper"
+    np.testing.assert_allclose(view.extent, (0, 32, 0, 32), atol=1e-6)
     report([url], radar.url, str(tmp_path / "radar.html"))
     page = (tmp_path / "radar.html").read_text(encoding="utf-8")
     assert "tile at row 16, column 32" in page

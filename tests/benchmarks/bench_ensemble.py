@@ -19,7 +19,7 @@ import time
 import torch
 
 from earthformer.ensemble_scores import Crps
-from earthformer.forecasters import present
+from earthformer.forecasters import members_of, present
 from earthformer.prediff import Sampling
 from pipelines import runs, windows
 from pipelines.archives.store import open_archive
@@ -71,7 +71,7 @@ def reduce_one(run: str, archive: str, members: int) -> None:
     )
     forecaster, reduction = planned.load(), Reduction(planned.bound(), 0)
     context = torch.from_numpy(windows.read(planned.task, planned.archive, planned.keys)["context"])
-    for some in forecaster.members(context, member_seeds(0, planned.keys, members), 8):
+    for some in members_of(forecaster, context, member_seeds(0, planned.keys, members), 8):
         reduction.add(some.fields[0, ..., 0].numpy())
     reduction.result()
     print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)

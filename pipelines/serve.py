@@ -1,0 +1,107 @@
+"""The service on Ray Serve: a gateway that speaks HTTP, and replicas of the model.
+
+`application` builds it from typed arguments, for `earthformer serve` as for `serve deploy`.
+"""
+
+import signal
+import threading
+from typing import Any
+
+from fastapi import FastAPI
+from ray import serve
+from ray.serve import Application
+from ray.serve.handle import DeploymentHandle
+
+from pipelines import engine
+from pipelines.errors import InputError
+from pipelines.serving import api
+from pipelines.serving.sampler import Sampler
+from pipelines.serving.service import AHEAD, Service, opened, threads
+from pipelines.serving.settings import Settings
+
+NAME = "earthformer"
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+MOST_REQUESTS = 1000
+"""Connections at a time; forecasts have limits of their own."""
+
+
+@serve.ingress()
+class Gateway:
+    """Speaks HTTP, splits forecasts into chunks, and folds what the replicas draw."""
+
+    def __init__(self, settings: Settings, sampler: DeploymentHandle) -> None:
+        engine.quiet()
+        self.service = Service(settings, sampler)
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        return api.build(self.service)
+
+    async def drain(self) -> None:
+        """Take no more forecasts, and let those under way end."""
+        await self.service.stop()
+
+
+def application(settings: Settings) -> Application:
+    """The Serve application; `serve deploy` calls it with a configuration's `args`."""
+    absolute = settings.model_copy(
+        update={
+            "run": engine.absolute(settings.run),
+            "alignment": engine.absolute(settings.alignment) if settings.alignment else None,
+            "results": engine.absolute(settings.results),
+            "archives": {name: engine.absolute(url) for name, url in settings.archives.items()},
+            "token_file": engine.absolute(settings.token_file) if settings.token_file else None,
+        }
+    )
+    options: dict[str, Any] = {
+        "ray_actor_options": {"num_gpus": 1} if settings.gpu else {"num_cpus": 0.5},
+    }
+    if settings.min_replicas is None:
+        options["num_replicas"] = settings.replicas
+    else:
+        options["autoscaling_config"] = {
+            "min_replicas": settings.min_replicas,
+            "max_replicas": settings.replicas,
+            "target_ongoing_requests": AHEAD,
+            "upscale_delay_s": 2,
+            "downscale_delay_s": settings.idle_seconds,
+        }
+    same = {"max_ongoing_requests": MOST_REQUESTS, "health_check_period_s": 5}
+    sampler = serve.deployment(Sampler, name="sampler", **same, **options)  # type: ignore[call-overload]
+    gateway = serve.deployment(  # type: ignore[call-overload]
+        Gateway,
+        name="gateway",
+        **same,
+        max_queued_requests=MOST_REQUESTS,
+        ray_actor_options={"num_cpus": 0},
+        graceful_shutdown_timeout_s=settings.drain_seconds + 10,
+    )
+    model = sampler.bind(absolute.run, absolute.alignment, settings.gpu, threads(settings))
+    built: Application = gateway.bind(absolute, model)
+    return built
+
+
+def run(settings: Settings, host: str, port: int) -> DeploymentHandle:
+    """Start the service on this process's cluster; returns when it answers.
+
+    Raises:
+        InputError: it would be open to others without a token; the run or an archive is not as needed.
+    """
+    if host not in LOOPBACK and settings.token_file is None:
+        raise InputError(f"--host {host} lets others in: needed --token-file beside it")
+    if settings.token_file is not None:
+        api.first_line(settings.token_file)
+    # What is wrong with the arguments is said here, in one line, rather than by a replica.
+    opened(settings)
+    engine.connect(settings.replicas)
+    serve.start(http_options={"host": host, "port": port})
+    return serve.run(application(settings), name=NAME, route_prefix="/")
+
+
+def until_stopped(settings: Settings, gateway: DeploymentHandle) -> None:
+    """Wait for SIGTERM or SIGINT; then let what is under way end, and stop."""
+    stopped = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stopped.set())
+    stopped.wait()
+    gateway.drain.remote().result(timeout_s=settings.drain_seconds + 10)
+    serve.shutdown()

@@ -1,0 +1,1 @@
+"""The on-demand service: forecasts over HTTP, on Ray Serve."""

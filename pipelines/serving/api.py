@@ -1,0 +1,538 @@
+"""The HTTP API over a `Service`: routes, errors, and who may come in with how much."""
+
+import asyncio
+import base64
+import json
+import secrets
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from functools import lru_cache
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import xarray as xr
+from fastapi import APIRouter, Depends, FastAPI, Header, Query, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import FileResponse, HTMLResponse, JSONResponse, PlainTextResponse, StreamingResponse
+from starlette.background import BackgroundTask
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from pipelines import windows
+from pipelines.archives import filesystem
+from pipelines.errors import InputError
+from pipelines.serving import products, summaries
+from pipelines.serving.asked import EventsRequest, ForecastRequest, Referenced
+from pipelines.serving.contexts import Refused
+from pipelines.serving.service import ENDED, Forecast, Overloaded, Service, Unknown
+
+PAGE = Path(__file__).with_name("page.html")
+OPEN = ("/", "/healthz", "/readyz", "/docs", "/openapi.json")
+"""Paths that need no token: they tell nothing of any forecast."""
+SSE, NDJSON = "text/event-stream", "application/x-ndjson"
+NETCDF, PNG = "application/x-netcdf", "image/png"
+
+router = APIRouter()
+
+
+def build(service: Service) -> FastAPI:
+    """The application over a service."""
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        await service.start()
+        yield
+        await service.stop()
+
+    app = FastAPI(
+        title="earthformer",
+        version="1",
+        summary="Ensemble forecasts on demand, and probabilities of events with their intervals.",
+        lifespan=lifespan,
+        redoc_url=None,
+    )
+    app.state.service = service
+    token = service.settings.token_file
+    app.add_middleware(
+        Door,
+        token=first_line(token) if token else None,
+        most_bytes=int(service.settings.max_body_mb * 1e6),
+    )
+    app.include_router(router)
+    for kind, answer in ((Refused, _refused), (Unknown, _unknown), (Overloaded, _overloaded)):
+        app.add_exception_handler(kind, answer)
+    app.add_exception_handler(RequestValidationError, _malformed)
+    app.add_exception_handler(Exception, _broken)
+    return app
+
+
+def first_line(path: str) -> str:
+    """The token of a file.
+
+    Raises:
+        InputError: it cannot be read, or is too short to be one.
+    """
+    fs, name = filesystem(path)
+    try:
+        token: str = fs.cat_file(name).decode().partition("\n")[0].strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"token file {path} cannot be read: {error}") from error
+    if len(token) < 16:
+        raise InputError(
+            f"token file {path} has {len(token)} characters in its first line: needed 16 or more"
+        )
+    return token
+
+
+class Door:
+    """Lets in who has the token, with no more than is allowed; ASGI, so that nothing is read before."""
+
+    def __init__(self, app: ASGIApp, token: str | None, most_bytes: int) -> None:
+        self.app, self.token, self.most = app, token, most_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        headers = {name.lower(): value for name, value in scope["headers"]}
+        if self.token and scope["path"] not in OPEN:
+            given = headers.get(b"authorization", b"")
+            if not secrets.compare_digest(given, b"Bearer " + self.token.encode()):
+                needs = {"WWW-Authenticate": "Bearer"}
+                said = "needed Authorization: Bearer TOKEN"
+                await _error(401, ["header", "Authorization"], said, needs)(scope, receive, send)
+                return
+        length = headers.get(b"content-length", b"0")
+        large = _error(413, ["body"], f"is too large: needed {self.most} bytes or less")
+        if not length.isdigit() or int(length) > self.most:
+            await large(scope, receive, send)
+            return
+        seen, answered = 0, False
+
+        async def counted() -> Message:
+            nonlocal seen
+            message = await receive()
+            seen += len(message.get("body", b""))
+            if seen > self.most:
+                raise _TooLarge
+            return message
+
+        async def noted(message: Message) -> None:
+            nonlocal answered
+            answered = True
+            await send(message)
+
+        try:
+            await self.app(scope, counted, noted)
+        except _TooLarge:
+            if not answered:
+                await large(scope, receive, send)
+
+
+class RefusedQuery(Refused):
+    """A field of the query is wrong, rather than of the body."""
+
+
+class _TooLarge(Exception):
+    """A body without a stated length goes on and on."""
+
+
+# ------------------------------------------------------------------------------------------------ errors
+
+
+def _error(status: int, where: list[Any], said: str, headers: dict[str, str] | None = None) -> JSONResponse:
+    """What all errors look like: FastAPI's own form."""
+    return JSONResponse({"detail": [{"loc": where, "msg": said}]}, status, headers)
+
+
+def _refused(request: Request, error: Exception) -> Response:
+    assert isinstance(error, Refused)
+    place = "query" if isinstance(error, RefusedQuery) else "body"
+    return _error(422, [place, *error.field.split(".")], str(error))
+
+
+def _unknown(request: Request, error: Exception) -> Response:
+    return _error(410 if getattr(error, "expired", False) else 404, ["path", "id"], str(error))
+
+
+def _overloaded(request: Request, error: Exception) -> Response:
+    return _error(503, [], str(error), {"Retry-After": str(getattr(error, "retry_after", 1))})
+
+
+def _malformed(request: Request, error: Exception) -> Response:
+    assert isinstance(error, RequestValidationError)
+    # Without the input: it may be large, and may be what JSON cannot say.
+    found = [{"loc": [*each["loc"]], "msg": each["msg"], "type": each["type"]} for each in error.errors()]
+    return JSONResponse({"detail": found}, 422)
+
+
+def _broken(request: Request, error: Exception) -> Response:
+    return _error(500, [], "an internal error; the service's log has more")
+
+
+# ------------------------------------------------------------------------------------------------ routes
+
+
+def _service(request: Request) -> Service:
+    service: Service = request.app.state.service
+    return service
+
+
+Behind = Annotated[Service, Depends(_service)]
+FORMS: dict[int | str, dict[str, Any]] = {
+    status: {"description": said}
+    for status, said in {
+        401: "The token is missing or wrong.",
+        404: "There is no such forecast.",
+        410: "The forecast has expired.",
+        413: "The body is too large.",
+        422: "A field is wrong; `loc` says which, `msg` why.",
+        503: "No room: try again after `Retry-After` seconds.",
+        504: "The deadline passed before there was a member.",
+    }.items()
+}
+
+
+def _responses(*statuses: int | str, **more: Any) -> dict[int | str, dict[str, Any]]:
+    found = {status: FORMS[status] for status in (401, 422, *statuses)}
+    if more:
+        found[200] = {"content": {kind: {} for kind in more["content"]}}
+    return found
+
+
+@router.post("/v1/forecasts", status_code=202, responses=_responses(413, 503, 504))
+async def create(
+    asked: ForecastRequest,
+    request: Request,
+    service: Behind,
+    wait: Annotated[bool, Query(description="Answer when it has ended; a disconnect cancels it.")] = False,
+    accept: Annotated[str, Header()] = "application/json",
+) -> Response:
+    """Begin an ensemble forecast.
+
+    Answers 202 with its id; with `?wait=true` 200 with its result; and where `text/event-stream` or
+    `application/x-ndjson` is accepted, its status after every chunk of members until it has ended.
+    """
+    kind = next((kind for kind in (SSE, NDJSON) if kind in accept), None)
+    forecast = await service.submit(asked, attached=wait or kind is not None)
+    where = {"Location": f"/v1/forecasts/{forecast.id}"}
+    if kind is not None:
+        return StreamingResponse(_told(service, forecast, kind), headers=where, media_type=kind)
+    if not wait:
+        return JSONResponse({"id": forecast.id, "status": forecast.status}, 202, where)
+    assert forecast.task is not None
+    try:
+        await asyncio.shield(forecast.task)
+    except asyncio.CancelledError:
+        await asyncio.shield(service.drop(forecast))
+        raise
+    status = await service.status(forecast.id)
+    if status["status"] == "failed":
+        late = "deadline" in (status["error"] or "")
+        return _error(504 if late else 500, ["body", "deadline"] if late else [], status["error"])
+    return JSONResponse(status, 200, where)
+
+
+async def _told(service: Service, forecast: Forecast, kind: str) -> AsyncIterator[str]:
+    """The stream of a forecast that belongs to its connection."""
+    try:
+        async for line in _lines(service.follow(forecast.id), kind):
+            yield line
+    finally:
+        await asyncio.shield(service.drop(forecast))
+
+
+async def _lines(statuses: AsyncIterator[dict[str, Any]], kind: str) -> AsyncIterator[str]:
+    async for status in statuses:
+        brief = {
+            name: value for name, value in status.items() if name != "seeds" or status["status"] in ENDED
+        }
+        text = json.dumps(brief, allow_nan=False)
+        ended = "ended" if status["status"] in ENDED else "progress"
+        yield f"event: {ended}\ndata: {text}\n\n" if kind == SSE else f"{text}\n"
+
+
+@router.get("/v1/forecasts/{id}", responses=_responses(404, 410))
+async def read(id: str, service: Behind, accept: Annotated[str, Header()] = "application/json") -> Response:
+    """How a forecast stands: members, probabilities with intervals, timings, seeds, hash of the run.
+
+    Where `text/event-stream` or `application/x-ndjson` is accepted, after every chunk until it has ended.
+    """
+    status = await service.status(id)
+    kind = next((kind for kind in (SSE, NDJSON) if kind in accept), None)
+    if kind is not None:
+        return StreamingResponse(_lines(service.follow(id), kind), media_type=kind)
+    return JSONResponse(status)
+
+
+@router.delete("/v1/forecasts/{id}", status_code=204, responses=_responses(404, 410))
+async def cancel(id: str, service: Behind) -> Response:
+    """Cancel a forecast, and free the replicas; one that has ended stays as it is."""
+    await service.cancel(id)
+    return Response(status_code=204)
+
+
+Format = Annotated[Literal["netcdf", "png"] | None, Query(description="Default: as accepted, else NetCDF.")]
+Lead = Annotated[float | None, Query(description="Of a PNG, in minutes or months; default: the last.")]
+FILES = _responses(404, 410, content=(NETCDF, PNG))
+
+
+@router.get("/v1/forecasts/{id}/probability", responses=FILES)
+async def probability(
+    id: str,
+    event: str,
+    service: Behind,
+    format: Format = None,
+    accept: Annotated[str, Header()] = NETCDF,
+) -> Response:
+    """An event's probability with its interval, so far or in the end: a map as PNG, or NetCDF."""
+    found = await service.dataset(id)
+    chosen = await _in_thread("event", products.of_event, found, event)
+    if not _as_png(format, accept):
+        return await _file(products.netcdf, chosen)
+    if chosen["probability"].ndim < 2:
+        return _error(422, ["query", "format"], f"{event!r} has a single probability: needed netcdf")
+    title = f"{event}, {int(chosen['n_members'])} members"
+    return await _file(products.png, chosen["probability"], title, service.task, kind=PNG)
+
+
+@router.get("/v1/forecasts/{id}/mean", responses=FILES)
+async def mean(
+    id: str,
+    service: Behind,
+    format: Format = None,
+    lead_time: Lead = None,
+    accept: Annotated[str, Header()] = NETCDF,
+) -> Response:
+    """Mean and standard deviation of the ensemble."""
+    found, name = await service.dataset(id), service.task.variable
+    names = [f"{name}_mean", f"{name}_stdev"]
+    return await _field(found[names], names[0], "mean", service, _as_png(format, accept), lead_time)
+
+
+@router.get("/v1/forecasts/{id}/quantile", responses=FILES)
+async def quantile(
+    id: str,
+    q: float,
+    service: Behind,
+    format: Format = None,
+    lead_time: Lead = None,
+    accept: Annotated[str, Header()] = NETCDF,
+) -> Response:
+    """One of the quantiles that were asked for."""
+    found, name = await service.dataset(id), f"{service.task.variable}_quantile"
+    known = found["quantile"].values.tolist() if name in found else []
+    if q not in known:
+        needed = ", ".join(map(str, known)) or "a forecast that was asked for quantiles"
+        return _error(422, ["query", "q"], f"is {q}: needed {needed}")
+    chosen = found[[name]].sel(quantile=q)
+    return await _field(chosen, name, f"quantile {q:g}", service, _as_png(format, accept), lead_time)
+
+
+@router.get("/v1/forecasts/{id}/members/{k}", responses=FILES)
+async def member(
+    id: str,
+    k: int,
+    service: Behind,
+    format: Format = None,
+    lead_time: Lead = None,
+    accept: Annotated[str, Header()] = NETCDF,
+) -> Response:
+    """One member: as it was kept, else drawn again by its seed, to the same bits."""
+    status = await service.status(id)
+    if status["status"] not in ("complete", "partial"):
+        return _error(409, ["path", "id"], f"is {status['status']}: members are there when it is complete")
+    drawn = status["members"]["drawn"] + status["members"]["failed"]
+    if not 0 <= k < drawn:
+        return _error(404, ["path", "k"], f"is {k}: needed 0 to {drawn - 1}")
+    found, name = await service.dataset(id), service.task.variable
+    if name in found:
+        field = found[name].isel(member=k)
+    else:
+        like = found[f"{name}_mean"]
+        field = like.copy(data=await service.redrawn(id, k)).rename(name)
+        field = field.assign_coords(member=k, seed=int(found["seed"].values[k]))
+        field.attrs = {name: value for name, value in like.attrs.items() if name == "units"}
+    chosen = field.to_dataset(name=name).assign_attrs(found.attrs)
+    return await _field(chosen, name, f"member {k}", service, _as_png(format, accept), lead_time)
+
+
+@router.get("/v1/forecasts/{id}/result", responses=_responses(404, 410, content=(NETCDF, "application/zip")))
+async def result(
+    id: str, service: Behind, format: Annotated[Literal["netcdf", "zarr"], Query()] = "netcdf"
+) -> Response:
+    """The whole result: NetCDF, or a zipped Zarr."""
+    status = await service.status(id)
+    if status["status"] not in ("complete", "partial"):
+        return _error(409, ["path", "id"], f"is {status['status']}: the result is there when it is complete")
+    if format == "netcdf":
+        return await _file(products.netcdf, await service.dataset(id))
+    path = await asyncio.to_thread(products.zarr_zip, service.results.store(id))
+    gone = BackgroundTask(Path(path).unlink)
+    return FileResponse(path, media_type="application/zip", filename=f"{id}.zarr.zip", background=gone)
+
+
+@router.get("/v1/forecasts/{id}/exceedance", responses=_responses(404, 410))
+async def exceedance(
+    id: str, service: Behind, threshold: float | None = None, radius: float = 0.0
+) -> Response:
+    """How many members reach a standard threshold within a radius (km), at each lead time and pixel.
+
+    `counts` and `known`, members that have a value, are little-endian uint16 of `shape`, in base64.
+    """
+    found = await service.dataset(id)
+    thresholds, radii = (found[f"exceedance_{name}"].values.tolist() for name in ("threshold", "radius"))
+    threshold = thresholds[0] if threshold is None else threshold
+    for name, value, known in (("threshold", threshold, thresholds), ("radius", radius, radii)):
+        if value not in known:
+            return _error(422, ["query", name], f"is {value:g}: needed one of {', '.join(map(str, known))}")
+    chosen = found[["exceedance", "exceedance_known"]].isel(
+        exceedance_radius=radii.index(radius), exceedance_threshold=thresholds.index(threshold)
+    )
+    loaded = await asyncio.to_thread(chosen.load)
+    return JSONResponse(
+        {
+            "threshold": threshold,
+            "radius_km": radius,
+            "members": int(found["n_members"]),
+            "shape": list(loaded["exceedance"].shape),
+            "counts": _base64(loaded["exceedance"].values, "<u2"),
+            "known": _base64(loaded["exceedance_known"].values, "<u2"),
+        }
+    )
+
+
+@router.get("/v1/forecasts/{id}/point", responses=_responses(404, 410))
+async def point(id: str, row: int, column: int, service: Behind) -> Response:
+    """At one pixel: the probability of each standard threshold, radius and lead time, with its interval."""
+    found = await service.dataset(id)
+    for name, value, size in zip(("row", "column"), (row, column), service.grid, strict=True):
+        if not 0 <= value < size:
+            return _error(422, ["query", name], f"is {value}: needed 0 to {size - 1}")
+    return JSONResponse(await asyncio.to_thread(summaries.point, found, row, column))
+
+
+@router.post("/v1/events/validate", responses=_responses(413))
+async def validate(asked: EventsRequest, service: Behind) -> dict[str, list[str]]:
+    """Whether events can be asked: of the model's task, and of a context if one is given."""
+    return {"events": await asyncio.to_thread(service.validate, asked)}
+
+
+@router.post("/v1/context", responses=_responses(413))
+async def context(asked: Referenced, service: Behind) -> dict[str, Any]:
+    """The frames that a forecast would begin from, in base64, with their times."""
+    found = await asyncio.to_thread(service.context, asked)
+    pixels = found.pixels[0, ..., 0]
+    return {
+        "shape": list(pixels.shape),
+        "dtype": pixels.dtype.name,
+        "data": _base64(pixels, pixels.dtype.newbyteorder("<")),
+        "times": [str(t.astype("datetime64[s]")) for t in found.samples.times[0]],
+    }
+
+
+@router.get("/v1/models", responses=_responses())
+async def models(service: Behind) -> dict[str, Any]:
+    """What this service forecasts with and from, and what it allows."""
+    task, limits = service.task, service.settings
+    return {
+        "models": [
+            {
+                "name": "prediff",
+                "run_hash": service.run.hash,
+                "task": task.name,
+                "variable": task.variable,
+                "units": task.units,
+                "context": [task.context, *service.grid],
+                "target": [task.target, *service.grid],
+                "step_minutes": task.step_minutes,
+                "thresholds": list(task.thresholds),
+                "guidance": service.guiding.alignment_hash,
+                "archives": sorted(service.archives),
+                "chunk": limits.chunk,
+            }
+        ],
+        "limits": {
+            name: value for name, value in limits.model_dump().items() if name.startswith(("max_", "keep_"))
+        },
+    }
+
+
+@router.get("/v1/archives/{name}/events", responses=_responses(404))
+async def events(
+    name: str,
+    service: Behind,
+    split: Literal["train", "val", "test"] = "test",
+    limit: Annotated[int, Query(ge=1, le=1000)] = 200,
+) -> dict[str, Any]:
+    """Contexts of an archive: the windows of a split."""
+    if name not in service.archives:
+        raise Unknown(name, False)
+    keys = await asyncio.to_thread(_windows, service, name, split)
+    shown = [{"event": key.series, "start": key.start, "tile": key.tile} for key in keys[:limit]]
+    return {"windows": shown, "of": len(keys)}
+
+
+@lru_cache(maxsize=16)
+def _windows(service: Service, name: str, split: str) -> list[windows.Window]:
+    try:
+        return windows.enumerate_windows(service.task, service.archives[name], split)
+    except InputError as error:
+        raise RefusedQuery("split", str(error)) from error
+
+
+@router.get("/healthz", response_class=PlainTextResponse)
+async def healthz() -> str:
+    """Whether the process lives."""
+    return "ok"
+
+
+@router.get("/readyz", response_class=PlainTextResponse, responses={503: FORMS[503]})
+async def readyz(service: Behind) -> Response:
+    """Whether a forecast would be accepted and drawn."""
+    ready = not service.draining and await service.ready()
+    return PlainTextResponse("ready" if ready else "not ready", 200 if ready else 503)
+
+
+@router.get("/metrics", response_class=PlainTextResponse, responses={401: FORMS[401]})
+async def metrics(service: Behind) -> Response:
+    """Queue, chunk latency, members, retries and device seconds, for Prometheus."""
+    return PlainTextResponse(service.metrics.text().decode(), media_type="text/plain; version=0.0.4")
+
+
+@router.get("/", response_class=HTMLResponse, include_in_schema=False)
+async def page() -> str:
+    """The page."""
+    return await asyncio.to_thread(PAGE.read_text, encoding="utf-8")
+
+
+# ----------------------------------------------------------------------------------------------- answers
+
+
+def _base64(values: np.ndarray, dtype: Any) -> str:
+    return base64.b64encode(np.ascontiguousarray(values, dtype).tobytes()).decode()
+
+
+def _as_png(format: str | None, accept: str) -> bool:
+    return format == "png" or (format is None and PNG in accept)
+
+
+async def _in_thread(field: str, work: Callable[..., Any], *arguments: Any) -> Any:
+    """What a query asks for; what is wrong with it is wrong with this field."""
+    try:
+        return await asyncio.to_thread(work, *arguments)
+    except InputError as error:
+        raise RefusedQuery(field, str(error)) from error
+
+
+async def _field(
+    chosen: xr.Dataset, name: str, title: str, service: Service, as_png: bool, lead_time: float | None
+) -> Response:
+    if not as_png:
+        return await _file(products.netcdf, chosen)
+    field = await _in_thread("lead_time", products.at_lead, chosen[name], lead_time)
+    return await _file(products.png, await asyncio.to_thread(field.load), title, service.task, kind=PNG)
+
+
+async def _file(make: Callable[..., bytes], *arguments: Any, kind: str = NETCDF) -> Response:
+    return Response(await asyncio.to_thread(make, *arguments), media_type=kind)
