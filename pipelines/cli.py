@@ -295,6 +295,72 @@ def serve_(
 
 
 @app.command()
+def request(
+    event: Annotated[str | None, typer.Option(help="Event of the service's archive.")] = None,
+    start: Annotated[int, typer.Option(help="Index of the context's first frame in the event.")] = 0,
+    tile: Annotated[tuple[int, int] | None, typer.Option(help="Radar: first row and column.")] = None,
+    archive: Annotated[
+        str | None, typer.Option(help="The service's name of it; default: its only one.")
+    ] = None,
+    context: Annotated[
+        str | None, typer.Option(help="NetCDF or Zarr of (time, y, x), instead of an event.")
+    ] = None,
+    members: Annotated[int | None, typer.Option(help="Members of the ensemble; default: 32.")] = None,
+    until_ci: Annotated[
+        float | None, typer.Option(help="Draw until no event's interval has a larger half-width.")
+    ] = None,
+    events: Annotated[str | None, typer.Option(help="YAML list of events to give probabilities of.")] = None,
+    quantiles: Annotated[str, typer.Option(help="Comma-separated, such as 0.1,0.5,0.9.")] = "",
+    keep_members: Annotated[bool, typer.Option("--keep-members", help="Have the members as well.")] = False,
+    sampler: Annotated[str, typer.Option(help="ddpm, ddim, dpm++ or unipc.")] = "dpm++",
+    steps: Annotated[int, typer.Option(help="Calls of the denoiser a member.")] = 20,
+    deviations: Annotated[
+        float | None, typer.Option(help="Guide the forecast to mu + n sigma of the functional.")
+    ] = None,
+    strength: Annotated[float | None, typer.Option(help="Scale of the guidance.")] = None,
+    seed: int = 0,
+    deadline: Annotated[float | None, typer.Option(help="Seconds; what there is by then is kept.")] = None,
+    out: Annotated[str | None, typer.Option(help="Path of a NetCDF file to write.")] = None,
+    url: Annotated[str, typer.Option(help="Of the service.")] = "http://127.0.0.1:8000",
+    token_file: Annotated[str | None, typer.Option(help="File of the bearer token.")] = None,
+) -> None:
+    """Ask a running service for a forecast, and print the probabilities of its events."""
+    import xarray as xr
+
+    from pipelines import client, plans
+    from pipelines.events import read_events
+    from pipelines.serving.settings import first_line
+
+    found, status = client.request(
+        url,
+        event=event,
+        start=start,
+        tile=tile,
+        archive=archive,
+        context=None if context is None else xr.open_dataset(context),
+        members=members,
+        until_ci=until_ci,
+        events=read_events(events) if events else (),
+        quantiles=plans.parse_quantiles(quantiles),
+        keep_members=keep_members,
+        sampler=sampler,
+        steps=steps,
+        deviations=deviations,
+        strength=strength,
+        seed=seed,
+        deadline=deadline,
+        token=first_line(token_file) if token_file else None,
+        progress=True,
+    )
+    if status["events"]:
+        console.print(client.table(status))
+    console.print(escape(client.summary(status)), highlight=False, soft_wrap=True)
+    if out is not None:
+        found.to_netcdf(out, engine="h5netcdf")
+        console.print(f"{out}: written")
+
+
+@app.command()
 def score(
     forecasts: Forecasts,
     archive: Archive,

@@ -17,7 +17,7 @@ from pipelines.errors import InputError
 from pipelines.serving import api
 from pipelines.serving.sampler import Sampler
 from pipelines.serving.service import AHEAD, Service, opened, threads
-from pipelines.serving.settings import Settings
+from pipelines.serving.settings import Settings, first_line
 
 NAME = "earthformer"
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -52,29 +52,29 @@ def application(settings: Settings) -> Application:
             "token_file": engine.absolute(settings.token_file) if settings.token_file else None,
         }
     )
-    options: dict[str, Any] = {
+    same: dict[str, Any] = {"max_ongoing_requests": MOST_REQUESTS, "health_check_period_s": 5}
+    each: dict[str, Any] = {
+        **same,
         "ray_actor_options": {"num_gpus": 1} if settings.gpu else {"num_cpus": 0.5},
     }
     if settings.min_replicas is None:
-        options["num_replicas"] = settings.replicas
+        each["num_replicas"] = settings.replicas
     else:
-        options["autoscaling_config"] = {
+        each["autoscaling_config"] = {
             "min_replicas": settings.min_replicas,
             "max_replicas": settings.replicas,
             "target_ongoing_requests": AHEAD,
             "upscale_delay_s": 2,
             "downscale_delay_s": settings.idle_seconds,
         }
-    same = {"max_ongoing_requests": MOST_REQUESTS, "health_check_period_s": 5}
-    sampler = serve.deployment(Sampler, name="sampler", **same, **options)  # type: ignore[call-overload]
-    gateway = serve.deployment(  # type: ignore[call-overload]
-        Gateway,
+    sampler: Any = serve.deployment(name="sampler", **each)(Sampler)
+    gateway: Any = serve.deployment(
         name="gateway",
         **same,
         max_queued_requests=MOST_REQUESTS,
         ray_actor_options={"num_cpus": 0},
         graceful_shutdown_timeout_s=settings.drain_seconds + 10,
-    )
+    )(Gateway)
     model = sampler.bind(absolute.run, absolute.alignment, settings.gpu, threads(settings))
     built: Application = gateway.bind(absolute, model)
     return built
@@ -89,7 +89,7 @@ def run(settings: Settings, host: str, port: int) -> DeploymentHandle:
     if host not in LOOPBACK and settings.token_file is None:
         raise InputError(f"--host {host} lets others in: needed --token-file beside it")
     if settings.token_file is not None:
-        api.first_line(settings.token_file)
+        first_line(settings.token_file)
     # What is wrong with the arguments is said here, in one line, rather than by a replica.
     opened(settings)
     engine.connect(settings.replicas)

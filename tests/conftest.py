@@ -39,3 +39,28 @@ def ray_cluster():
     engine.connect(workers=2, address="local")
     yield
     ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def ensemble_archive(tmp_path_factory, ray_cluster) -> str:
+    """URL of an archive of ten synthetic events, 48 × 48 pixels."""
+    from pipelines.archives import synthetic
+    from pipelines.prepare import prepare
+
+    folder = tmp_path_factory.mktemp("ensembles")
+    synthetic.write_sevir(folder / "raw", events=10, seed=1, size=144)
+    prepare("sevir-lr", str(folder / "raw"), str(folder / "archive.zarr"), progress=False)
+    return str(folder / "archive.zarr")
+
+
+@pytest.fixture(scope="session")
+def ensemble_runs(tmp_path_factory, ensemble_archive) -> dict[str, str]:
+    """URLs of tiny runs on it by trainable: autoencoder, denoiser, alignment."""
+    from tiny_prediff import trained
+
+    folder, archive = tmp_path_factory.mktemp("trainings"), ensemble_archive
+    autoencoder = trained("autoencoder", archive, str(folder / "autoencoder"))
+    on_it = {
+        name: trained(name, archive, str(folder / name), autoencoder) for name in ("denoiser", "alignment")
+    }
+    return {"autoencoder": autoencoder, **on_it}

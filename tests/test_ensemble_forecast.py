@@ -9,18 +9,17 @@ import pytest
 import torch
 import xarray as xr
 import yaml
-from tiny_prediff import begun, config, trained
+from tiny_prediff import begun, config
 
 from earthformer.forecasters import members_of
 from pipelines import cli, runs, windows
-from pipelines.archives import store, synthetic
+from pipelines.archives import store
 from pipelines.configs import resolve_task
 from pipelines.errors import InputError
 from pipelines.events import parse_events
 from pipelines.forecast import CHECKED, forecast
 from pipelines.forecast_store import command, member_seeds
 from pipelines.plans import Drawing, Ensemble, plan
-from pipelines.prepare import prepare
 from pipelines.report import report
 
 MENTIONED = [
@@ -33,22 +32,13 @@ QUICK = Drawing(sampler="dpm++", steps=3)
 
 
 @pytest.fixture(scope="module")
-def archive(tmp_path_factory, ray_cluster) -> str:
-    folder = tmp_path_factory.mktemp("ensembles")
-    synthetic.write_sevir(folder / "raw", events=10, seed=1, size=144)
-    prepare("sevir-lr", str(folder / "raw"), str(folder / "archive.zarr"), progress=False)
-    return str(folder / "archive.zarr")
+def archive(ensemble_archive) -> str:
+    return ensemble_archive
 
 
 @pytest.fixture(scope="module")
-def trainings(tmp_path_factory, archive) -> dict[str, str]:
-    """Runs by trainable."""
-    folder = tmp_path_factory.mktemp("trainings")
-    autoencoder = trained("autoencoder", archive, str(folder / "autoencoder"))
-    on_it = {
-        name: trained(name, archive, str(folder / name), autoencoder) for name in ("denoiser", "alignment")
-    }
-    return {"autoencoder": autoencoder, **on_it}
+def trainings(ensemble_runs) -> dict[str, str]:
+    return ensemble_runs
 
 
 def planned(trainings, archive, members=6, drawing=QUICK, keep=True, limit=3, **ensemble):

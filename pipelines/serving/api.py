@@ -1,9 +1,8 @@
-"""The HTTP API over a `Service`: routes, errors, and who may come in with how much."""
+"""The HTTP API over a `Service`."""
 
 import asyncio
 import base64
 import json
-import secrets
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from functools import lru_cache
@@ -13,22 +12,18 @@ from typing import Annotated, Any, Literal
 import numpy as np
 import xarray as xr
 from fastapi import APIRouter, Depends, FastAPI, Header, Query, Request, Response
-from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, HTMLResponse, JSONResponse, PlainTextResponse, StreamingResponse
 from starlette.background import BackgroundTask
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from pipelines import windows
-from pipelines.archives import filesystem
 from pipelines.errors import InputError
 from pipelines.serving import products, summaries
 from pipelines.serving.asked import EventsRequest, ForecastRequest, Referenced
-from pipelines.serving.contexts import Refused
-from pipelines.serving.service import ENDED, Forecast, Overloaded, Service, Unknown
+from pipelines.serving.door import Door, RefusedQuery, answer, answer_errors
+from pipelines.serving.service import ENDED, Forecast, Service, Unknown
+from pipelines.serving.settings import first_line
 
 PAGE = Path(__file__).with_name("page.html")
-OPEN = ("/", "/healthz", "/readyz", "/docs", "/openapi.json")
-"""Paths that need no token: they tell nothing of any forecast."""
 SSE, NDJSON = "text/event-stream", "application/x-ndjson"
 NETCDF, PNG = "application/x-netcdf", "image/png"
 
@@ -59,118 +54,8 @@ def build(service: Service) -> FastAPI:
         most_bytes=int(service.settings.max_body_mb * 1e6),
     )
     app.include_router(router)
-    for kind, answer in ((Refused, _refused), (Unknown, _unknown), (Overloaded, _overloaded)):
-        app.add_exception_handler(kind, answer)
-    app.add_exception_handler(RequestValidationError, _malformed)
-    app.add_exception_handler(Exception, _broken)
+    answer_errors(app)
     return app
-
-
-def first_line(path: str) -> str:
-    """The token of a file.
-
-    Raises:
-        InputError: it cannot be read, or is too short to be one.
-    """
-    fs, name = filesystem(path)
-    try:
-        token: str = fs.cat_file(name).decode().partition("\n")[0].strip()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"token file {path} cannot be read: {error}") from error
-    if len(token) < 16:
-        raise InputError(
-            f"token file {path} has {len(token)} characters in its first line: needed 16 or more"
-        )
-    return token
-
-
-class Door:
-    """Lets in who has the token, with no more than is allowed; ASGI, so that nothing is read before."""
-
-    def __init__(self, app: ASGIApp, token: str | None, most_bytes: int) -> None:
-        self.app, self.token, self.most = app, token, most_bytes
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self.app(scope, receive, send)
-            return
-        headers = {name.lower(): value for name, value in scope["headers"]}
-        if self.token and scope["path"] not in OPEN:
-            given = headers.get(b"authorization", b"")
-            if not secrets.compare_digest(given, b"Bearer " + self.token.encode()):
-                needs = {"WWW-Authenticate": "Bearer"}
-                said = "needed Authorization: Bearer TOKEN"
-                await _error(401, ["header", "Authorization"], said, needs)(scope, receive, send)
-                return
-        length = headers.get(b"content-length", b"0")
-        large = _error(413, ["body"], f"is too large: needed {self.most} bytes or less")
-        if not length.isdigit() or int(length) > self.most:
-            await large(scope, receive, send)
-            return
-        seen, answered = 0, False
-
-        async def counted() -> Message:
-            nonlocal seen
-            message = await receive()
-            seen += len(message.get("body", b""))
-            if seen > self.most:
-                raise _TooLarge
-            return message
-
-        async def noted(message: Message) -> None:
-            nonlocal answered
-            answered = True
-            await send(message)
-
-        try:
-            await self.app(scope, counted, noted)
-        except _TooLarge:
-            if not answered:
-                await large(scope, receive, send)
-
-
-class RefusedQuery(Refused):
-    """A field of the query is wrong, rather than of the body."""
-
-
-class _TooLarge(Exception):
-    """A body without a stated length goes on and on."""
-
-
-# ------------------------------------------------------------------------------------------------ errors
-
-
-def _error(status: int, where: list[Any], said: str, headers: dict[str, str] | None = None) -> JSONResponse:
-    """What all errors look like: FastAPI's own form."""
-    return JSONResponse({"detail": [{"loc": where, "msg": said}]}, status, headers)
-
-
-def _refused(request: Request, error: Exception) -> Response:
-    assert isinstance(error, Refused)
-    place = "query" if isinstance(error, RefusedQuery) else "body"
-    return _error(422, [place, *error.field.split(".")], str(error))
-
-
-def _unknown(request: Request, error: Exception) -> Response:
-    return _error(410 if getattr(error, "expired", False) else 404, ["path", "id"], str(error))
-
-
-def _overloaded(request: Request, error: Exception) -> Response:
-    return _error(503, [], str(error), {"Retry-After": str(getattr(error, "retry_after", 1))})
-
-
-def _malformed(request: Request, error: Exception) -> Response:
-    assert isinstance(error, RequestValidationError)
-    # Without the input: it may be large, and may be what JSON cannot say.
-    found = [{"loc": [*each["loc"]], "msg": each["msg"], "type": each["type"]} for each in error.errors()]
-    return JSONResponse({"detail": found}, 422)
-
-
-def _broken(request: Request, error: Exception) -> Response:
-    return _error(500, [], "an internal error; the service's log has more")
-
-
-# ------------------------------------------------------------------------------------------------ routes
 
 
 def _service(request: Request) -> Service:
@@ -229,7 +114,7 @@ async def create(
     status = await service.status(forecast.id)
     if status["status"] == "failed":
         late = "deadline" in (status["error"] or "")
-        return _error(504 if late else 500, ["body", "deadline"] if late else [], status["error"])
+        return answer(504 if late else 500, ["body", "deadline"] if late else [], status["error"])
     return JSONResponse(status, 200, where)
 
 
@@ -291,7 +176,7 @@ async def probability(
     if not _as_png(format, accept):
         return await _file(products.netcdf, chosen)
     if chosen["probability"].ndim < 2:
-        return _error(422, ["query", "format"], f"{event!r} has a single probability: needed netcdf")
+        return answer(422, ["query", "format"], f"{event!r} has a single probability: needed netcdf")
     title = f"{event}, {int(chosen['n_members'])} members"
     return await _file(products.png, chosen["probability"], title, service.task, kind=PNG)
 
@@ -324,7 +209,7 @@ async def quantile(
     known = found["quantile"].values.tolist() if name in found else []
     if q not in known:
         needed = ", ".join(map(str, known)) or "a forecast that was asked for quantiles"
-        return _error(422, ["query", "q"], f"is {q}: needed {needed}")
+        return answer(422, ["query", "q"], f"is {q}: needed {needed}")
     chosen = found[[name]].sel(quantile=q)
     return await _field(chosen, name, f"quantile {q:g}", service, _as_png(format, accept), lead_time)
 
@@ -341,10 +226,10 @@ async def member(
     """One member: as it was kept, else drawn again by its seed, to the same bits."""
     status = await service.status(id)
     if status["status"] not in ("complete", "partial"):
-        return _error(409, ["path", "id"], f"is {status['status']}: members are there when it is complete")
+        return answer(409, ["path", "id"], f"is {status['status']}: members are there when it is complete")
     drawn = status["members"]["drawn"] + status["members"]["failed"]
     if not 0 <= k < drawn:
-        return _error(404, ["path", "k"], f"is {k}: needed 0 to {drawn - 1}")
+        return answer(404, ["path", "k"], f"is {k}: needed 0 to {drawn - 1}")
     found, name = await service.dataset(id), service.task.variable
     if name in found:
         field = found[name].isel(member=k)
@@ -364,7 +249,7 @@ async def result(
     """The whole result: NetCDF, or a zipped Zarr."""
     status = await service.status(id)
     if status["status"] not in ("complete", "partial"):
-        return _error(409, ["path", "id"], f"is {status['status']}: the result is there when it is complete")
+        return answer(409, ["path", "id"], f"is {status['status']}: the result is there when it is complete")
     if format == "netcdf":
         return await _file(products.netcdf, await service.dataset(id))
     path = await asyncio.to_thread(products.zarr_zip, service.results.store(id))
@@ -385,7 +270,7 @@ async def exceedance(
     threshold = thresholds[0] if threshold is None else threshold
     for name, value, known in (("threshold", threshold, thresholds), ("radius", radius, radii)):
         if value not in known:
-            return _error(422, ["query", name], f"is {value:g}: needed one of {', '.join(map(str, known))}")
+            return answer(422, ["query", name], f"is {value:g}: needed one of {', '.join(map(str, known))}")
     chosen = found[["exceedance", "exceedance_known"]].isel(
         exceedance_radius=radii.index(radius), exceedance_threshold=thresholds.index(threshold)
     )
@@ -408,7 +293,7 @@ async def point(id: str, row: int, column: int, service: Behind) -> Response:
     found = await service.dataset(id)
     for name, value, size in zip(("row", "column"), (row, column), service.grid, strict=True):
         if not 0 <= value < size:
-            return _error(422, ["query", name], f"is {value}: needed 0 to {size - 1}")
+            return answer(422, ["query", name], f"is {value}: needed 0 to {size - 1}")
     return JSONResponse(await asyncio.to_thread(summaries.point, found, row, column))
 
 

@@ -7,6 +7,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from pipelines import configs
+from pipelines.archives import filesystem
 from pipelines.errors import InputError
 from pipelines.plans import MOST_MEMBERS
 
@@ -82,3 +83,21 @@ def resolve(path: str | None, given: Mapping[str, Any], assignments: list[str]) 
         if first["type"] == "value_error":
             raise InputError(str(first["ctx"]["error"])) from error
         raise InputError(f"{name} is {first['input']!r:.80}: {first['msg']}") from error
+
+
+def first_line(path: str) -> str:
+    """The token of a file.
+
+    Raises:
+        InputError: it cannot be read, or is too short to be one.
+    """
+    fs, name = filesystem(path)
+    try:
+        token: str = fs.cat_file(name).decode().partition("\n")[0].strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"token file {path} cannot be read: {error}") from error
+    if len(token) < 16:
+        raise InputError(
+            f"token file {path} has {len(token)} characters in its first line: needed 16 or more"
+        )
+    return token

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 def status(forecast: Forecast, service: Service) -> dict[str, Any]:
     """All of it, of a forecast that is under way or has just ended."""
     reduction, asked, drawing = forecast.tally.reduction, forecast.asked, forecast.job.drawing
-    samples = forecast.context.samples
+    samples, grid = forecast.context.samples, forecast.job.bound.grid
     init = samples.times[0, service.task.context - 1]
     said: dict[str, Any] = {
         "id": forecast.id,
@@ -39,7 +39,11 @@ def status(forecast: Forecast, service: Service) -> dict[str, Any]:
             "radii_km": forecast.job.levels.radii,
             "units": service.task.units,
         },
-        "grid": {"shape": forecast.job.bound.grid.shape, "pixel_km": forecast.job.bound.grid.pixel_km(0)},
+        "grid": {
+            "shape": grid.shape,
+            "pixel_km": grid.pixel_km(0),
+            "row0": "south" if grid.step[0] > 0 else "north",
+        },
         "seed": asked.seed,
         "seeds": forecast.seeds[: forecast.tally.drawn].tolist(),
         "sampler": {"name": drawing.sampler, "steps": drawing.steps},
