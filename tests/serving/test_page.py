@@ -152,7 +152,7 @@ def test_from_a_window_to_the_probability_at_a_point(served, http, page, seen):
     thresholds, radii = status["levels"]["thresholds"], status["levels"]["radii_km"]
     before = pixels(page, "map")
     slide(page.locator("#threshold"), 0)
-    expect(page.locator("#map-title")).to_contain_text(f"≥ {thresholds[0]:g} ")
+    expect(page.locator("#map-title")).to_contain_text(f"≥ {thresholds[0]:g}")
     assert pixels(page, "map") != before
     slide(page.locator("#lead"), 1)
     expect(page.locator("#map-when")).to_contain_text("(+20 min)")
@@ -196,7 +196,7 @@ def test_beside_the_guided_forecast_lies_the_one_at_its_expected_intensity(serve
     page.click("#draw")
     expect(page.locator("#map-beside-when")).to_contain_text(", 4 members")
     expect(page.locator("#map-title")).to_contain_text("μ + 2 σ")
-    expect(page.locator("#map-beside-title")).to_contain_text(": μ")
+    expect(page.locator("#map-beside-title")).to_contain_text("μ: probability of VIL ≥ ")
     expect(page.locator("#draw")).to_be_enabled()
     requested = [
         float(re.search(r"requested ([\d.e-]+), achieved [\d.e-]+", page.inner_text(f"#{name}"))[1])
