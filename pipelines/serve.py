@@ -15,8 +15,9 @@ from ray.serve.handle import DeploymentHandle
 from pipelines import engine
 from pipelines.errors import InputError
 from pipelines.serving import api
+from pipelines.serving.model import Model
 from pipelines.serving.sampler import Sampler
-from pipelines.serving.service import AHEAD, Service, opened, threads
+from pipelines.serving.service import AHEAD, Service, threads
 from pipelines.serving.settings import Settings, first_line
 
 NAME = "earthformer"
@@ -91,7 +92,7 @@ def run(settings: Settings, host: str, port: int) -> DeploymentHandle:
     if settings.token_file is not None:
         first_line(settings.token_file)
     # What is wrong with the arguments is said here, in one line, rather than by a replica.
-    opened(settings)
+    Model.open(settings)
     engine.connect(settings.replicas)
     serve.start(http_options={"host": host, "port": port})
     return serve.run(application(settings), name=NAME, route_prefix="/")

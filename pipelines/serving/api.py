@@ -20,7 +20,8 @@ from pipelines.errors import InputError
 from pipelines.serving import products, summaries
 from pipelines.serving.asked import EventsRequest, ForecastRequest, Referenced
 from pipelines.serving.door import Door, RefusedQuery, answer, answer_errors
-from pipelines.serving.service import ENDED, Forecast, Service, Unknown
+from pipelines.serving.forecast import ENDED, Forecast
+from pipelines.serving.service import Service, Unknown
 from pipelines.serving.settings import first_line
 
 PAGE = Path(__file__).with_name("page.html")
@@ -67,6 +68,7 @@ Behind = Annotated[Service, Depends(_service)]
 FORMS: dict[int | str, dict[str, Any]] = {
     status: {"description": said}
     for status, said in {
+        400: "The body is no text.",
         401: "The token is missing or wrong.",
         404: "There is no such forecast.",
         410: "The forecast has expired.",
@@ -85,7 +87,7 @@ def _responses(*statuses: int | str, **more: Any) -> dict[int | str, dict[str, A
     return found
 
 
-@router.post("/v1/forecasts", status_code=202, responses=_responses(413, 503, 504))
+@router.post("/v1/forecasts", status_code=202, responses=_responses(400, 413, 503, 504))
 async def create(
     asked: ForecastRequest,
     request: Request,
@@ -178,7 +180,7 @@ async def probability(
     if chosen["probability"].ndim < 2:
         return answer(422, ["query", "format"], f"{event!r} has a single probability: needed netcdf")
     title = f"{event}, {int(chosen['n_members'])} members"
-    return await _file(products.png, chosen["probability"], title, service.task, kind=PNG)
+    return await _file(products.png, chosen["probability"], title, service.model.task, kind=PNG)
 
 
 @router.get("/v1/forecasts/{id}/mean", responses=FILES)
@@ -190,7 +192,7 @@ async def mean(
     accept: Annotated[str, Header()] = NETCDF,
 ) -> Response:
     """Mean and standard deviation of the ensemble."""
-    found, name = await service.dataset(id), service.task.variable
+    found, name = await service.dataset(id), service.model.task.variable
     names = [f"{name}_mean", f"{name}_stdev"]
     return await _field(found[names], names[0], "mean", service, _as_png(format, accept), lead_time)
 
@@ -205,7 +207,7 @@ async def quantile(
     accept: Annotated[str, Header()] = NETCDF,
 ) -> Response:
     """One of the quantiles that were asked for."""
-    found, name = await service.dataset(id), f"{service.task.variable}_quantile"
+    found, name = await service.dataset(id), f"{service.model.task.variable}_quantile"
     known = found["quantile"].values.tolist() if name in found else []
     if q not in known:
         needed = ", ".join(map(str, known)) or "a forecast that was asked for quantiles"
@@ -230,7 +232,7 @@ async def member(
     drawn = status["members"]["drawn"] + status["members"]["failed"]
     if not 0 <= k < drawn:
         return answer(404, ["path", "k"], f"is {k}: needed 0 to {drawn - 1}")
-    found, name = await service.dataset(id), service.task.variable
+    found, name = await service.dataset(id), service.model.task.variable
     if name in found:
         field = found[name].isel(member=k)
     else:
@@ -291,22 +293,22 @@ async def exceedance(
 async def point(id: str, row: int, column: int, service: Behind) -> Response:
     """At one pixel: the probability of each standard threshold, radius and lead time, with its interval."""
     found = await service.dataset(id)
-    for name, value, size in zip(("row", "column"), (row, column), service.grid, strict=True):
+    for name, value, size in zip(("row", "column"), (row, column), service.model.grid, strict=True):
         if not 0 <= value < size:
             return answer(422, ["query", name], f"is {value}: needed 0 to {size - 1}")
     return JSONResponse(await asyncio.to_thread(summaries.point, found, row, column))
 
 
-@router.post("/v1/events/validate", responses=_responses(413))
+@router.post("/v1/events/validate", responses=_responses(400, 413))
 async def validate(asked: EventsRequest, service: Behind) -> dict[str, list[str]]:
     """Whether events can be asked: of the model's task, and of a context if one is given."""
-    return {"events": await asyncio.to_thread(service.validate, asked)}
+    return {"events": await asyncio.to_thread(service.model.validate, asked)}
 
 
-@router.post("/v1/context", responses=_responses(413))
+@router.post("/v1/context", responses=_responses(400, 413))
 async def context(asked: Referenced, service: Behind) -> dict[str, Any]:
     """The frames that a forecast would begin from, in base64, with their times."""
-    found = await asyncio.to_thread(service.context, asked)
+    found = await asyncio.to_thread(service.model.context, asked)
     pixels = found.pixels[0, ..., 0]
     return {
         "shape": list(pixels.shape),
@@ -319,21 +321,21 @@ async def context(asked: Referenced, service: Behind) -> dict[str, Any]:
 @router.get("/v1/models", responses=_responses())
 async def models(service: Behind) -> dict[str, Any]:
     """What this service forecasts with and from, and what it allows."""
-    task, limits = service.task, service.settings
+    task, limits = service.model.task, service.settings
     return {
         "models": [
             {
                 "name": "prediff",
-                "run_hash": service.run.hash,
+                "run_hash": service.model.run.hash,
                 "task": task.name,
                 "variable": task.variable,
                 "units": task.units,
-                "context": [task.context, *service.grid],
-                "target": [task.target, *service.grid],
+                "context": [task.context, *service.model.grid],
+                "target": [task.target, *service.model.grid],
                 "step_minutes": task.step_minutes,
                 "thresholds": list(task.thresholds),
-                "guidance": service.guiding.alignment_hash,
-                "archives": sorted(service.archives),
+                "guidance": service.model.guiding.alignment_hash,
+                "archives": sorted(service.model.archives),
                 "chunk": limits.chunk,
             }
         ],
@@ -351,7 +353,7 @@ async def events(
     limit: Annotated[int, Query(ge=1, le=1000)] = 200,
 ) -> dict[str, Any]:
     """Contexts of an archive: the windows of a split."""
-    if name not in service.archives:
+    if name not in service.model.archives:
         raise Unknown(name, False)
     keys = await asyncio.to_thread(_windows, service, name, split)
     shown = [{"event": key.series, "start": key.start, "tile": key.tile} for key in keys[:limit]]
@@ -361,7 +363,7 @@ async def events(
 @lru_cache(maxsize=16)
 def _windows(service: Service, name: str, split: str) -> list[windows.Window]:
     try:
-        return windows.enumerate_windows(service.task, service.archives[name], split)
+        return windows.enumerate_windows(service.model.task, service.model.archives[name], split)
     except InputError as error:
         raise RefusedQuery("split", str(error)) from error
 
@@ -416,7 +418,7 @@ async def _field(
     if not as_png:
         return await _file(products.netcdf, chosen)
     field = await _in_thread("lead_time", products.at_lead, chosen[name], lead_time)
-    return await _file(products.png, await asyncio.to_thread(field.load), title, service.task, kind=PNG)
+    return await _file(products.png, await asyncio.to_thread(field.load), title, service.model.task, kind=PNG)
 
 
 async def _file(make: Callable[..., bytes], *arguments: Any, kind: str = NETCDF) -> Response:

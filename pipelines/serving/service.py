@@ -8,48 +8,31 @@ import asyncio
 import logging
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Mapping
-from dataclasses import replace
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import numpy as np
-import ray
 import xarray as xr
-from ray.exceptions import ObjectLostError, RayActorError
+from ray.exceptions import RayActorError
 from ray.serve.handle import DeploymentHandle
-from tenacity import (
-    AsyncRetrying,
-    RetryCallState,
-    retry_if_exception_type,
-    stop_after_attempt,
-    wait_exponential,
-)
 
-from pipelines import configs, engine, forecast_store, plans, runs
+from pipelines import engine
 from pipelines.archives import store
-from pipelines.archives.store import Archive
 from pipelines.errors import InputError, boundary_error
-from pipelines.events import parse_events
-from pipelines.exceedances import Levels
-from pipelines.forecast import CHECKED, at_once
-from pipelines.forecast_store import member_seeds
-from pipelines.plans import Drawing, Ensemble
-from pipelines.serving import summaries
-from pipelines.serving.asked import EventsRequest, ForecastRequest, Inline, Referenced
-from pipelines.serving.contexts import Context, Refused, read_context, refusing
+from pipelines.serving import keeping, summaries
+from pipelines.serving.asked import ForecastRequest
+from pipelines.serving.forecast import Forecast
 from pipelines.serving.metrics import Metrics
+from pipelines.serving.model import Model
+from pipelines.serving.replicas import Replicas
 from pipelines.serving.results import ID, Results, new_id
 from pipelines.serving.settings import Settings
-from pipelines.serving.tally import Job, Tally
 
-ENDED = ("complete", "partial", "failed", "cancelled")
 AHEAD = 2
 """Chunks that a forecast has under way for each replica: one is drawn while another waits there.
 
 Replicas draw first what came first, so that forecasts with as many chunks under way share them fairly.
 """
-ATTEMPTS = 8
-"""At a chunk whose replica died."""
 CHECKPOINT_SECONDS = 2.0
 SWEEP_SECONDS = 60.0
 
@@ -73,78 +56,6 @@ class Unknown(Exception):
         self.expired = expired
 
 
-class Forecast:
-    """One forecast, from its acceptance to its end."""
-
-    def __init__(
-        self, number: str, asked: ForecastRequest, context: Context, job: Job, ensemble: Ensemble, chunk: int
-    ) -> None:
-        self.id, self.asked, self.context, self.job, self.ensemble = number, asked, context, job, ensemble
-        self.status, self.error = "waiting", ""
-        self.attached = False
-        """It belongs to a connection, and ends with it."""
-        self.timings: dict[str, float] = {"created": time.time()}
-        self.sampling_seconds = 0.0
-        self.chunk, self.chunks_done = at_once(ensemble, chunk), 0
-        self.seeds = member_seeds(asked.seed, context.samples.keys, ensemble.members)[0].numpy()
-        self.tally = Tally(job)
-        self.lock = asyncio.Lock()
-        """Held while sums change, and while they are read."""
-        self.task: asyncio.Task[None] | None = None
-        self._changed = asyncio.Event()
-
-    @property
-    def chunks(self) -> int:
-        """Of all members."""
-        return -(-len(self.seeds) // self.chunk)
-
-    def members_of(self, chunk: int) -> slice:
-        """Members of a chunk."""
-        return slice(chunk * self.chunk, min((chunk + 1) * self.chunk, len(self.seeds)))
-
-    @property
-    def enough(self) -> bool:
-        """Whether the intervals are as narrow as was asked."""
-        until = self.ensemble.until_ci
-        due = self.tally.drawn % CHECKED == 0 and self.tally.drawn > 0
-        return until is not None and due and self.tally.reduction.half_width() <= until
-
-    @property
-    def ended(self) -> bool:
-        """Whether nothing more will come."""
-        return self.status in ENDED
-
-    def notify(self) -> None:
-        """Wake those who wait for a change."""
-        self._changed.set()
-        self._changed = asyncio.Event()
-
-    async def change(self) -> None:
-        """Wait for the next change."""
-        if not self.ended:
-            await self._changed.wait()
-
-
-def opened(settings: Settings) -> tuple[runs.Run, Drawing, dict[str, Archive]]:
-    """The run, its sampling with the alignment network's hash and strength, and the archives by name.
-
-    Raises:
-        InputError: the run, the alignment's run or an archive is absent, unfinished or of another kind.
-    """
-    run = runs.open_run(settings.run)
-    if run.config.trainable != "denoiser":
-        raise InputError(
-            f"{settings.run} is a run of {run.config.trainable}: needed a denoiser's, whose members differ"
-        )
-    guiding = plans.checked(Drawing(alignment=settings.alignment), run)
-    archives = {name: store.open_archive(url) for name, url in settings.archives.items()}
-    task = run.config.task
-    for name, archive in archives.items():
-        if archive.kind != task.archive:
-            raise InputError(f"archive {name} is of {archive.kind}: task {task.name} needs {task.archive}")
-    return run, guiding, archives
-
-
 class Service:
     """Everything behind the HTTP API; one a process."""
 
@@ -153,15 +64,11 @@ class Service:
         Raises:
             InputError: the run, the alignment's run or an archive is absent, unfinished or of another kind.
         """
-        self.settings = settings
-        self.run, self.guiding, self.archives = opened(settings)
-        self.task = self.run.config.task
-        _, *grid, _ = configs.fields(self.run.config)["context"]
-        self.grid: tuple[int, int] = (grid[0], grid[1])
+        self.settings, self.model = settings, Model.open(settings)
         self.results = Results(settings.results, settings.keep_hours)
         self.metrics = Metrics()
         self.draining = False
-        self._sampler = sampler
+        self._replicas = Replicas(sampler, self.metrics)
         self._running: dict[str, Forecast] = {}
         self._unkept: dict[str, dict[str, Any]] = {}
         """How those ended that could not be written down."""
@@ -173,12 +80,7 @@ class Service:
 
     async def ready(self) -> bool:
         """Whether a replica answers within a second, or would be started when there is something to draw."""
-        if self.settings.min_replicas == 0:
-            return True
-        try:
-            return bool(await asyncio.wait_for(self._once("alive"), 1.0))
-        except (TimeoutError, RayActorError):
-            return False
+        return self.settings.min_replicas == 0 or await self._replicas.alive()
 
     async def start(self) -> None:
         """Go on with what a stopped or killed service left unfinished; delete what has expired."""
@@ -213,13 +115,13 @@ class Service:
         request = await asyncio.to_thread(self.results.request, number)
         assert request is not None
         lost = {"id": number, "status": "failed", "error": "the service was stopped before it was finished"}
-        if request["attached"] or request["run_hash"] != self.run.hash:
+        if request["attached"] or request["run_hash"] != self.model.run.hash:
             # Whoever waited for it has gone, or another model would finish it.
             await asyncio.to_thread(self.results.end, number, lost)
             return
         try:
             asked = ForecastRequest.model_validate(request["asked"])
-            forecast = await asyncio.to_thread(self._forecast, number, asked, int(request["chunk"]))
+            forecast = await asyncio.to_thread(self.model.forecast, number, asked, int(request["chunk"]))
         except (ValueError, InputError) as error:
             await asyncio.to_thread(self.results.end, number, {**lost, "error": str(error)})
             return
@@ -240,7 +142,7 @@ class Service:
             Overloaded: too many wait already, or the service is about to stop.
         """
         self._check_room()
-        forecast = await asyncio.to_thread(self._forecast, new_id(), asked, self.settings.chunk)
+        forecast = await asyncio.to_thread(self.model.forecast, new_id(), asked, self.settings.chunk)
         self._check_room()
         forecast.attached = attached
         # Counted from here on, so that no more are let in while this one is written down.
@@ -250,7 +152,7 @@ class Service:
             "created": forecast.timings["created"],
             "attached": attached,
             "chunk": forecast.chunk,
-            "run_hash": self.run.hash,
+            "run_hash": self.model.run.hash,
         }
         try:
             await asyncio.to_thread(self.results.accept, forecast.id, request)
@@ -266,63 +168,6 @@ class Service:
             self.metrics.rejected.inc()
             turns = max(1, len(self._running) // self.settings.max_running)
             raise Overloaded(min(600, max(1, round(self._mean_seconds * turns))))
-
-    def _forecast(self, number: str, asked: ForecastRequest, chunk: int) -> Forecast:
-        """What is asked, checked against model, archives and limits."""
-        limits = self.settings
-        members = asked.members or (limits.max_members if asked.until_ci else 32)
-        for name, found, most in (
-            ("members", members, limits.max_members),
-            ("steps", asked.steps, limits.max_steps),
-            ("events", len(asked.events), limits.max_events),
-            ("quantiles", len(asked.quantiles), limits.max_quantiles),
-        ):
-            if found > most:
-                raise Refused(name, f"is {found}: this service allows {most}")
-        drawing = replace(self.guiding, sampler=asked.sampler, steps=asked.steps)
-        with refusing("steps"):
-            plans.check_sampling(drawing, self.run)
-        if asked.guidance is None:
-            drawing = replace(drawing, alignment=None, alignment_hash=None, strength=None)
-        elif self.guiding.alignment is None:
-            raise Refused("guidance", "this service has no alignment network: needed none")
-        else:
-            strength = asked.guidance.strength
-            drawing = replace(
-                drawing,
-                deviations=asked.guidance.deviations,
-                strength=self.guiding.strength if strength is None else strength,
-            )
-        with refusing("events"):
-            events = parse_events(asked.events, "events") if asked.events else ()
-            ensemble = Ensemble(members, asked.until_ci, events, tuple(asked.quantiles), asked.keep_members)
-        context = self.context(asked.context)
-        with refusing("events"):
-            bound = context.samples.bind(events)
-        job = Job(bound, Levels.of(self.task), ensemble.quantiles, ensemble.keep_members, drawing)
-        return Forecast(number, asked, context, job, ensemble, chunk)
-
-    def context(self, asked: Referenced | Inline) -> Context:
-        """The context that is asked for.
-
-        Raises:
-            Refused: it is unknown, malformed or does not fit.
-        """
-        most = int(self.settings.max_body_mb * 1e6)
-        return read_context(asked, self.task, self.grid, self.archives, most)
-
-    def validate(self, asked: EventsRequest) -> list[str]:
-        """Names of the events, if all of them can be asked.
-
-        Raises:
-            Refused: an event does not fit.
-        """
-        with refusing("events"):
-            events = parse_events(asked.events, "events")
-        if asked.context is not None:
-            with refusing("events"):
-                self.context(asked.context).samples.bind(events)
-        return [event.name for event in events]
 
     async def cancel(self, number: str) -> None:
         """End a forecast; nothing happens to one that has ended.
@@ -381,7 +226,7 @@ class Service:
         forecast = self._running.get(number)
         if forecast is not None:
             async with forecast.lock:
-                return await asyncio.to_thread(self._laid_out, forecast)
+                return await asyncio.to_thread(keeping.so_far, forecast, self.model)
         await self.status(number)
         try:
             found = await asyncio.to_thread(store.open_store, self.results.store(number))
@@ -394,10 +239,10 @@ class Service:
         request = await asyncio.to_thread(self.results.request, number)
         assert request is not None
         asked = ForecastRequest.model_validate({**request["asked"], "keep_members": True})
-        forecast = await asyncio.to_thread(self._forecast, number, asked, int(request["chunk"]))
+        forecast = await asyncio.to_thread(self.model.forecast, number, asked, int(request["chunk"]))
         some = member // forecast.chunk
-        job, known = await self._prepared(forecast)
-        sums = await self._draw(job, known, forecast.seeds[forecast.members_of(some)])
+        job, known = await self._replicas.prepared(forecast.context.pixels, forecast.job)
+        sums = await self._replicas.draw(job, known, forecast.seeds[forecast.members_of(some)])
         fields: np.ndarray = sums["fields"][member % forecast.chunk]
         return fields
 
@@ -437,9 +282,11 @@ class Service:
         await self._end(forecast, outcome, error)
 
     async def _sample(self, forecast: Forecast) -> None:
+        """Draw its members chunk by chunk, until there are enough."""
+        url = self.results.store(forecast.id)
         if forecast.ensemble.keep_members:
-            await asyncio.to_thread(self._create, forecast)
-        job, known = await self._prepared(forecast)
+            await asyncio.to_thread(keeping.create, forecast, self.model, url)
+        job, known = await self._replicas.prepared(forecast.context.pixels, forecast.job)
         waiting = iter(range(forecast.chunks_done, forecast.chunks))
         under_way: deque[asyncio.Task[dict[str, np.ndarray]]] = deque()
         saved = time.monotonic()
@@ -447,14 +294,14 @@ class Service:
             while not forecast.enough:
                 for chunk in waiting:
                     seeds = forecast.seeds[forecast.members_of(chunk)]
-                    under_way.append(asyncio.create_task(self._draw(job, known, seeds)))
+                    under_way.append(asyncio.create_task(self._replicas.draw(job, known, seeds)))
                     if len(under_way) >= AHEAD * self.settings.replicas:
                         break
                 if not under_way:
                     return
                 sums = await under_way.popleft()
                 async with forecast.lock:
-                    await _whole(self._fold, forecast, sums)
+                    await _whole(keeping.fold, forecast, self.model, url, sums)
                 if time.monotonic() - saved > CHECKPOINT_SECONDS and not forecast.asked.quantiles:
                     await asyncio.to_thread(
                         self.results.checkpoint, forecast.id, forecast.chunks_done, forecast.tally.sums()
@@ -465,53 +312,6 @@ class Service:
             for task in under_way:
                 task.cancel()
             await asyncio.gather(*under_way, return_exceptions=True)
-
-    async def _prepared(self, forecast: Forecast) -> tuple[ray.ObjectRef, ray.ObjectRef]:
-        """The job, and what the members of a context share, where every replica finds them."""
-        known = await self._called("prepare", forecast.context.pixels, forecast.job.drawing)
-        return ray.put(forecast.job), ray.put(known)
-
-    async def _draw(
-        self, job: ray.ObjectRef, known: ray.ObjectRef, seeds: np.ndarray
-    ) -> dict[str, np.ndarray]:
-        began = time.perf_counter()
-        sums: dict[str, np.ndarray] = await self._called("draw", job, known, seeds)
-        self.metrics.chunk_seconds.observe(time.perf_counter() - began)
-        self.metrics.members.inc(len(seeds))
-        self.metrics.device_seconds.inc(float(sums["seconds"]))
-        return sums
-
-    async def _called(self, method: str, *arguments: Any) -> Any:
-        """What a replica answers; another is asked where it dies meanwhile."""
-        died = retry_if_exception_type((RayActorError, ObjectLostError))
-        pause = wait_exponential(multiplier=0.1, max=5)
-        retrying = AsyncRetrying(
-            retry=died, stop=stop_after_attempt(ATTEMPTS), wait=pause, after=self._died, reraise=True
-        )
-        return await retrying(self._once, method, *arguments)
-
-    async def _once(self, method: str, *arguments: Any) -> Any:
-        response = getattr(self._sampler, method).remote(*arguments)
-        try:
-            return await response
-        except asyncio.CancelledError:
-            response.cancel()
-            raise
-
-    def _died(self, state: RetryCallState) -> None:
-        self.metrics.retries.inc()
-
-    def _fold(self, forecast: Forecast, sums: Mapping[str, np.ndarray]) -> None:
-        """Take the next chunk in."""
-        if forecast.ensemble.keep_members:
-            region = {"window": slice(0, 1), "member": forecast.members_of(forecast.chunks_done)}
-            url, kept = self.results.store(forecast.id), {self.task.variable: sums["fields"][None]}
-            record = store.region_record("", region, store.write_region(url, "", kept, region))
-            store.write_record(url, 1 + forecast.chunks_done, {"regions": [record]})
-        forecast.tally.merge(sums)
-        forecast.chunks_done += 1
-        forecast.sampling_seconds += float(sums["seconds"])
-        forecast.timings.setdefault("first_probability", time.time())
 
     # -------------------------------------------------------------------------------------- the end
 
@@ -527,7 +327,8 @@ class Service:
                 )
             else:
                 if outcome in ("complete", "partial"):
-                    await asyncio.to_thread(self._write, forecast)
+                    url = self.results.store(forecast.id)
+                    await asyncio.to_thread(keeping.write, forecast, self.model, url)
                 forecast.status = outcome
                 status = await self._live(forecast)
                 await asyncio.to_thread(self.results.end, forecast.id, status)
@@ -540,62 +341,9 @@ class Service:
         self._running.pop(forecast.id, None)
         forecast.notify()
 
-    def _layout(self, forecast: Forecast) -> xr.Dataset:
-        said = f"prediff forecast of {self.task.variable}, {self.task.name}, on demand"
-        return forecast_store.layout(
-            forecast.context.samples,
-            forecast.ensemble,
-            seed=forecast.asked.seed,
-            drawing=forecast.job.drawing,
-            attrs={
-                "title": said,
-                "task": self.task.name,
-                "forecaster": "prediff",
-                "run": self.run.url,
-                "run_hash": self.run.hash,
-                "context": str(forecast.context.said),
-                "seed": forecast.asked.seed,
-            },
-            shard_members=forecast.chunk,
-            levels=forecast.job.levels,
-        )
-
-    def _create(self, forecast: Forecast) -> None:
-        config = {
-            "kind": "forecast",
-            "id": forecast.id,
-            "run_hash": self.run.hash,
-            "asked": forecast.asked.model_dump(mode="json", exclude={"context"}),
-            "context": forecast.context.said,
-        }
-        shards = 1 + (forecast.chunks if forecast.ensemble.keep_members else 0)
-        url = self.results.store(forecast.id)
-        store.create(url, {"": self._layout(forecast)}, config=config, shards=shards)
-
-    def _write(self, forecast: Forecast) -> None:
-        """The whole result; its completion record last."""
-        self._create(forecast)
-        url, whole = self.results.store(forecast.id), {"window": slice(0, 1)}
-        values = {name: each[None] for name, each in forecast.tally.result(forecast.ensemble.members).items()}
-        regions = [store.region_record("", whole, store.write_region(url, "", values, whole))]
-        store.write_record(url, 0, {"regions": regions})
-        if forecast.ensemble.keep_members:
-            for chunk in range(forecast.chunks_done, forecast.chunks):
-                # What was not needed any more is missing, and not to be waited for.
-                store.write_record(url, 1 + chunk, {"regions": []})
-        store.complete(url, {"counts": {"windows": 1, "members": forecast.tally.reduction.n}})
-
-    def _laid_out(self, forecast: Forecast) -> xr.Dataset:
-        """What the store would hold by now, but for members."""
-        laid_out = self._layout(forecast).isel(window=0)
-        values = forecast.tally.result(forecast.ensemble.members)
-        return laid_out.drop_vars(set(laid_out.data_vars) - set(values)).assign(
-            {name: laid_out[name].copy(data=values[name].copy()) for name in values}
-        )
-
     async def _live(self, forecast: Forecast) -> dict[str, Any]:
         async with forecast.lock:
-            return await asyncio.to_thread(summaries.status, forecast, self)
+            return await asyncio.to_thread(summaries.status, forecast, self.model)
 
 
 async def _whole(work: Callable[..., None], *arguments: Any) -> None:

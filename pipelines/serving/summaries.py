@@ -1,25 +1,22 @@
 """What a forecast says of itself in JSON: how it stands, and its probabilities with their intervals."""
 
-from __future__ import annotations
-
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import xarray as xr
 
 from pipelines.ensembles import LEVEL, interval
 from pipelines.regions import Grid
+from pipelines.serving.forecast import Forecast
+from pipelines.serving.model import Model
 
-if TYPE_CHECKING:
-    from pipelines.serving.service import Forecast, Service
 
-
-def status(forecast: Forecast, service: Service) -> dict[str, Any]:
+def status(forecast: Forecast, model: Model) -> dict[str, Any]:
     """All of it, of a forecast that is under way or has just ended."""
     reduction, asked, drawing = forecast.tally.reduction, forecast.asked, forecast.job.drawing
     samples, grid = forecast.context.samples, forecast.job.bound.grid
-    init = samples.times[0, service.task.context - 1]
+    init = samples.times[0, model.task.context - 1]
     said: dict[str, Any] = {
         "id": forecast.id,
         "status": forecast.status,
@@ -37,7 +34,7 @@ def status(forecast: Forecast, service: Service) -> dict[str, Any]:
         "levels": {
             "thresholds": forecast.job.levels.thresholds,
             "radii_km": forecast.job.levels.radii,
-            "units": service.task.units,
+            "units": model.task.units,
         },
         "grid": {
             "shape": grid.shape,
@@ -48,7 +45,7 @@ def status(forecast: Forecast, service: Service) -> dict[str, Any]:
         "seeds": forecast.seeds[: forecast.tally.drawn].tolist(),
         "sampler": {"name": drawing.sampler, "steps": drawing.steps},
         "guidance": None,
-        "run_hash": service.run.hash,
+        "run_hash": model.run.hash,
         "timings": {**forecast.timings, "device_seconds": forecast.sampling_seconds},
         "keep_members": forecast.ensemble.keep_members,
     }
