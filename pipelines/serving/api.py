@@ -21,7 +21,7 @@ from pipelines.serving import products, summaries
 from pipelines.serving.asked import EventsRequest, ForecastRequest, Referenced
 from pipelines.serving.door import Door, RefusedQuery, answer, answer_errors
 from pipelines.serving.forecast import ENDED, Forecast
-from pipelines.serving.service import Service, Unknown
+from pipelines.serving.service import WITH_RESULT, Service, Unknown, WithoutResult
 from pipelines.serving.settings import first_line
 
 PAGE = Path(__file__).with_name("page.html")
@@ -71,6 +71,7 @@ FORMS: dict[int | str, dict[str, Any]] = {
         400: "The body is no text.",
         401: "The token is missing or wrong.",
         404: "There is no such forecast.",
+        409: "The forecast has no result, or none yet.",
         410: "The forecast has expired.",
         413: "The body is too large.",
         422: "A field is wrong; `loc` says which, `msg` why.",
@@ -161,7 +162,7 @@ async def cancel(id: str, service: Behind) -> Response:
 
 Format = Annotated[Literal["netcdf", "png"] | None, Query(description="Default: as accepted, else NetCDF.")]
 Lead = Annotated[float | None, Query(description="Of a PNG, in minutes or months; default: the last.")]
-FILES = _responses(404, 410, content=(NETCDF, PNG))
+FILES = _responses(404, 409, 410, content=(NETCDF, PNG))
 
 
 @router.get("/v1/forecasts/{id}/probability", responses=FILES)
@@ -227,8 +228,8 @@ async def member(
 ) -> Response:
     """One member: as it was kept, else drawn again by its seed, to the same bits."""
     status = await service.status(id)
-    if status["status"] not in ("complete", "partial"):
-        return answer(409, ["path", "id"], f"is {status['status']}: members are there when it is complete")
+    if status["status"] not in WITH_RESULT:
+        raise WithoutResult(status["status"])
     drawn = status["members"]["drawn"] + status["members"]["failed"]
     if not 0 <= k < drawn:
         return answer(404, ["path", "k"], f"is {k}: needed 0 to {drawn - 1}")
@@ -244,14 +245,16 @@ async def member(
     return await _field(chosen, name, f"member {k}", service, _as_png(format, accept), lead_time)
 
 
-@router.get("/v1/forecasts/{id}/result", responses=_responses(404, 410, content=(NETCDF, "application/zip")))
+@router.get(
+    "/v1/forecasts/{id}/result", responses=_responses(404, 409, 410, content=(NETCDF, "application/zip"))
+)
 async def result(
     id: str, service: Behind, format: Annotated[Literal["netcdf", "zarr"], Query()] = "netcdf"
 ) -> Response:
     """The whole result: NetCDF, or a zipped Zarr."""
     status = await service.status(id)
-    if status["status"] not in ("complete", "partial"):
-        return answer(409, ["path", "id"], f"is {status['status']}: the result is there when it is complete")
+    if status["status"] not in WITH_RESULT:
+        raise WithoutResult(status["status"])
     if format == "netcdf":
         return await _file(products.netcdf, await service.dataset(id))
     path = await asyncio.to_thread(products.zarr_zip, service.results.store(id))
@@ -259,7 +262,7 @@ async def result(
     return FileResponse(path, media_type="application/zip", filename=f"{id}.zarr.zip", background=gone)
 
 
-@router.get("/v1/forecasts/{id}/exceedance", responses=_responses(404, 410))
+@router.get("/v1/forecasts/{id}/exceedance", responses=_responses(404, 409, 410))
 async def exceedance(
     id: str, service: Behind, threshold: float | None = None, radius: float = 0.0
 ) -> Response:
@@ -289,7 +292,7 @@ async def exceedance(
     )
 
 
-@router.get("/v1/forecasts/{id}/point", responses=_responses(404, 410))
+@router.get("/v1/forecasts/{id}/point", responses=_responses(404, 409, 410))
 async def point(id: str, row: int, column: int, service: Behind) -> Response:
     """At one pixel: the probability of each standard threshold, radius and lead time, with its interval."""
     found = await service.dataset(id)
@@ -309,12 +312,15 @@ async def validate(asked: EventsRequest, service: Behind) -> dict[str, list[str]
 async def context(asked: Referenced, service: Behind) -> dict[str, Any]:
     """The frames that a forecast would begin from, in base64, with their times."""
     found = await asyncio.to_thread(service.model.context, asked)
-    pixels = found.pixels[0, ..., 0]
+    pixels, samples = found.pixels[0, ..., 0], found.samples
+    times = [str(time.astype("datetime64[s]")) for time in samples.times[0]]
     return {
         "shape": list(pixels.shape),
         "dtype": pixels.dtype.name,
         "data": _base64(pixels, pixels.dtype.newbyteorder("<")),
-        "times": [str(t.astype("datetime64[s]")) for t in found.samples.times[0]],
+        "times": times[: len(pixels)],
+        "valid_times": times[len(pixels) :],
+        "row0": summaries.row0(samples.bind(()).grid),
     }
 
 

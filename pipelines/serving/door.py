@@ -10,7 +10,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from pipelines.serving.contexts import Refused
-from pipelines.serving.service import Overloaded, Unknown
+from pipelines.serving.service import Overloaded, Unknown, WithoutResult
 
 OPEN = ("/", "/healthz", "/readyz", "/docs", "/openapi.json")
 """Paths that need no token: they tell nothing of any forecast."""
@@ -78,6 +78,10 @@ def _unknown(request: Request, error: Exception) -> Response:
     return answer(410 if getattr(error, "expired", False) else 404, ["path", "id"], str(error))
 
 
+def _without_result(request: Request, error: Exception) -> Response:
+    return answer(409, ["path", "id"], str(error))
+
+
 def _overloaded(request: Request, error: Exception) -> Response:
     return answer(503, [], str(error), {"Retry-After": str(getattr(error, "retry_after", 1))})
 
@@ -103,6 +107,7 @@ def answer_errors(app: FastAPI) -> None:
     for kind, handler in (
         (Refused, _refused),
         (Unknown, _unknown),
+        (WithoutResult, _without_result),
         (Overloaded, _overloaded),
         (RequestValidationError, _malformed),
         (HTTPException, _http),

@@ -33,6 +33,7 @@ AHEAD = 2
 
 Replicas draw first what came first, so that forecasts with as many chunks under way share them fairly.
 """
+WITH_RESULT = ("complete", "partial")
 CHECKPOINT_SECONDS = 2.0
 SWEEP_SECONDS = 60.0
 
@@ -54,6 +55,13 @@ class Unknown(Exception):
         what = "has expired" if expired else "is unknown"
         super().__init__(f"forecast {number!r:.40} {what}")
         self.expired = expired
+
+
+class WithoutResult(Exception):
+    """A forecast has no result (yet)."""
+
+    def __init__(self, status: str) -> None:
+        super().__init__(f"is {status}: needed a forecast that is complete or partial")
 
 
 class Service:
@@ -221,17 +229,17 @@ class Service:
         """A forecast's result so far, or as it ended, without the dimension of windows; read lazily.
 
         Raises:
-            Unknown: there is none of this id, or no more, or it has no members.
+            Unknown: there is none of this id, or no more.
+            WithoutResult: it has failed, or was cancelled.
         """
         forecast = self._running.get(number)
         if forecast is not None:
             async with forecast.lock:
                 return await asyncio.to_thread(keeping.so_far, forecast, self.model)
-        await self.status(number)
-        try:
-            found = await asyncio.to_thread(store.open_store, self.results.store(number))
-        except InputError as error:
-            raise Unknown(number, False) from error
+        status = await self.status(number)
+        if status["status"] not in WITH_RESULT:
+            raise WithoutResult(status["status"])
+        found = await asyncio.to_thread(store.open_store, self.results.store(number))
         return found.isel(window=0)
 
     async def redrawn(self, number: str, member: int) -> np.ndarray:

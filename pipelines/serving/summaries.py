@@ -39,7 +39,7 @@ def status(forecast: Forecast, model: Model) -> dict[str, Any]:
         "grid": {
             "shape": grid.shape,
             "pixel_km": grid.pixel_km(0),
-            "row0": "south" if grid.step[0] > 0 else "north",
+            "row0": row0(grid),
         },
         "seed": asked.seed,
         "seeds": forecast.seeds[: forecast.tally.drawn].tolist(),
@@ -92,6 +92,11 @@ def place(grid: Grid, row: int, column: int) -> dict[str, Any]:
     return {"row": row, "column": column, "lon": _number(lon[0]), "lat": _number(lat[0])}
 
 
+def row0(grid: Grid) -> str:
+    """Where a grid's first row lies."""
+    return "south" if grid.step[0] > 0 else "north"
+
+
 def point(found: xr.Dataset, row: int, column: int) -> dict[str, Any]:
     """At one pixel, of each radius, threshold and lead time: the probability with its interval.
 
@@ -106,9 +111,10 @@ def point(found: xr.Dataset, row: int, column: int) -> dict[str, Any]:
     n = n.transpose(*k.dims)
     low, high = interval(k.values, n.values)
     share = k.values / np.where(n.values > 0, n.values, np.nan)
+    where = [name for name in ("y_origin", "x_origin", "proj") if name in found.coords]
+    grid = Grid.of(found[[*where, y, x]].reset_coords(where).expand_dims("window"))
     return {
-        "row": row,
-        "column": column,
+        **place(grid, row, column),
         "members": int(n.values.max(initial=0)),
         "radii_km": found["exceedance_radius"].values.tolist(),
         "thresholds": found["exceedance_threshold"].values.tolist(),

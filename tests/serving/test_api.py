@@ -150,6 +150,9 @@ def test_exceedances_are_counts_of_members(http, kept):
                 hits = np.stack([dilate(each, wide) for each in hits])
             np.testing.assert_array_equal(counts, hits.sum(0))
     point = http.get(f"{where}/point", params={"row": 5, "column": 7}).json()
+    highest = kept["events"][0]["highest"]
+    same = http.get(f"{where}/point", params={"row": highest["row"], "column": highest["column"]}).json()
+    assert (same["lon"], same["lat"]) == pytest.approx((highest["lon"], highest["lat"]))
     assert point["probability"][0][0][1] == pytest.approx((vil[:, 1, 5, 7] >= 16).mean())
     low, high = interval(np.array([(vil[:, 1, 5, 7] >= 16).sum()]), np.array([16]))
     assert [point["ci_low"][0][0][1], point["ci_high"][0][0][1]] == pytest.approx([low[0], high[0]])
@@ -182,7 +185,8 @@ def test_what_the_service_is_and_how_it_fares(served, http):
     assert listed["windows"][0]["event"] == served.window["event"]
     frames = http.post("/v1/context", json=served.window).json()
     assert frames["shape"] == [3, 48, 48]
-    assert len(frames["times"]) == 5
+    assert [len(frames["times"]), len(frames["valid_times"])] == [3, 2]
+    assert frames["row0"] == "south"
     assert http.post("/v1/events/validate", json={"events": EVENTS}).json() == {"events": ["rain", "near"]}
     assert "swagger" in http.get("/docs").text.lower()
     wait(http, **served.request())

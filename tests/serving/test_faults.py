@@ -142,6 +142,7 @@ def test_cancelling_and_leaving_free_the_replicas(served, http):
     until(http, number, lambda status: status["status"] == "running")
     assert http.delete(f"/v1/forecasts/{number}").status_code == 204
     assert until(http, number, ended)["status"] == "cancelled"
+    assert http.get(f"/v1/forecasts/{number}/exceedance").status_code == 409
     assert idle(http)
     assert http.delete(f"/v1/forecasts/{number}").status_code == 204
     for headers, params in (({"Accept": "application/x-ndjson"}, {}), ({}, {"wait": "true"})):

@@ -1,4 +1,4 @@
-"""The API against its own OpenAPI schema, by schemathesis: whatever is sent, no 500 and what the schema says."""
+"""The API against its own OpenAPI schema: whatever is sent, no 500, and what the schema says."""
 
 import json
 import subprocess

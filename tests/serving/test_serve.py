@@ -52,7 +52,6 @@ def test_nobody_comes_in_without_the_token(started):
             {},
             {"Authorization": f"Bearer {TOKEN}x"},
             {"Authorization": TOKEN},
-            {"Authorization": "Bearer "},
             {"Authorization": "Bearer é".encode()},
         ):
             for method, path in (("GET", "/v1/models"), ("GET", "/metrics"), ("POST", "/v1/forecasts")):
