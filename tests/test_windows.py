@@ -751,3 +751,42 @@ def test_a_random_part_of_the_radar_windows_validates(real_data, tmp_path):
     assert {key.series for key in keys["test"]} == {"mch_20170131"}
     assert "mch_20170131" not in {key.series for key in keys["train"] + keys["val"]}
     assert len({key.series for key in keys["train"]}) == 3
+
+
+def test_a_context_needs_no_target_to_be_there(showers):
+    # Of nine frames the last two.
+    key = Window("charlie", 7, (8, 16))
+    windows.check(SMALL, showers, key)
+    found = windows.read_context(SMALL, showers, key)
+    assert found.shape == (1, 2, 8, 8, 1)
+    whole = read(SMALL, showers, [Window("charlie", 5, (8, 16))])["target"]
+    np.testing.assert_array_equal(found, whole)
+    times = windows.context_times(SMALL, showers, key)
+    assert times[1] == showers.group("charlie")["time"].values[-1]
+    assert set(np.diff(times)) == {np.timedelta64(5, "m")}
+    slow = dataclasses.replace(SMALL, step_minutes=10)
+    for wrong, message in (
+        (Window("charlie", 8, (8, 16)), "start is 8: needed 0 to 7, for 2 frames of context in charlie"),
+        (Window("charlie", -1, (8, 16)), "start is -1"),
+        (Window("charly", 0, (0, 0)), "event 'charly' is unknown: the nearest is 'charlie'"),
+        (Window("delta", 0, (0, 0)), "event 'delta' is unknown"),
+        (Window("charlie", 0), r"tile is None: needed its first row and column, at most \(8, 16\)"),
+        (Window("charlie", 0, (9, 0)), r"tile is \[9, 0\]"),
+    ):
+        with pytest.raises(InputError, match=message):
+            windows.check(SMALL, showers, wrong)
+    windows.check(slow, showers, Window("charlie", 6, (8, 16)))
+    with pytest.raises(InputError, match="needed 0 to 6"):
+        windows.check(slow, showers, key)
+
+
+def test_months_go_on_after_the_context(tmp_path):
+    archive, task = bare_enso(str(tmp_path / "a.zarr"), {"CMIP5-1": 36}), TASKS["enso"]
+    key = Window("CMIP5-1", 24)
+    windows.check(task, archive, key)
+    times = windows.context_times(task, archive, key).astype("datetime64[M]")
+    assert times[0] == np.datetime64("1702-01")
+    assert set(np.diff(times)) == {np.timedelta64(1, "M")}
+    assert len(times) == task.frames
+    with pytest.raises(InputError, match="start is 25: needed 0 to 24"):
+        windows.check(task, archive, Window("CMIP5-1", 25))

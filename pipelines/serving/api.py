@@ -21,7 +21,7 @@ from pipelines.serving import products, summaries
 from pipelines.serving.asked import EventsRequest, ForecastRequest, Referenced
 from pipelines.serving.door import Door, RefusedQuery, answer, answer_errors
 from pipelines.serving.forecast import ENDED, Forecast
-from pipelines.serving.service import WITH_RESULT, Service, Unknown, WithoutResult
+from pipelines.serving.service import STOPPED, WITH_RESULT, Service, WithoutResult
 from pipelines.serving.settings import first_line
 
 PAGE = Path(__file__).with_name("page.html")
@@ -88,7 +88,7 @@ def _responses(*statuses: int | str, **more: Any) -> dict[int | str, dict[str, A
     return found
 
 
-@router.post("/v1/forecasts", status_code=202, responses=_responses(400, 413, 503, 504))
+@router.post("/v1/forecasts", status_code=202, responses=_responses(400, 409, 413, 503, 504))
 async def create(
     asked: ForecastRequest,
     request: Request,
@@ -115,6 +115,10 @@ async def create(
         await asyncio.shield(service.drop(forecast))
         raise
     status = await service.status(forecast.id)
+    if status["status"] == "cancelled":
+        raise WithoutResult(status["status"])
+    if status["error"] == STOPPED:
+        return answer(503, [], STOPPED, {"Retry-After": "10"})
     if status["status"] == "failed":
         late = "deadline" in (status["error"] or "")
         return answer(504 if late else 500, ["body", "deadline"] if late else [], status["error"])
@@ -357,13 +361,13 @@ async def events(
     service: Behind,
     split: Literal["train", "val", "test"] = "test",
     limit: Annotated[int, Query(ge=1, le=1000)] = 200,
-) -> dict[str, Any]:
+) -> Response:
     """Contexts of an archive: the windows of a split."""
     if name not in service.model.archives:
-        raise Unknown(name, False)
+        return answer(404, ["path", "name"], f"{name!r:.40} is unknown: `GET /v1/models` lists the archives")
     keys = await asyncio.to_thread(_windows, service, name, split)
     shown = [{"event": key.series, "start": key.start, "tile": key.tile} for key in keys[:limit]]
-    return {"windows": shown, "of": len(keys)}
+    return JSONResponse({"windows": shown, "of": len(keys)})
 
 
 @lru_cache(maxsize=16)

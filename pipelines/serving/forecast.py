@@ -3,6 +3,8 @@
 import asyncio
 import time
 
+import xarray as xr
+
 from pipelines.forecast import CHECKED, at_once
 from pipelines.forecast_store import member_seeds
 from pipelines.plans import Ensemble
@@ -23,6 +25,8 @@ class Forecast:
         self.status, self.error = "waiting", ""
         self.attached = False
         """It belongs to a connection, and ends with it."""
+        self.stopped = False
+        """The service is about to stop, and does not wait for it any longer."""
         self.timings: dict[str, float] = {"created": time.time()}
         self.sampling_seconds = 0.0
         self.chunk, self.chunks_done = at_once(ensemble, chunk), 0
@@ -30,6 +34,8 @@ class Forecast:
         self.tally = Tally(job)
         self.lock = asyncio.Lock()
         """Held while sums change, and while they are read."""
+        self.template: xr.Dataset | None = None
+        """The store's, once it was laid out."""
         self.task: asyncio.Task[None] | None = None
         self._changed = asyncio.Event()
 

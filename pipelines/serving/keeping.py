@@ -27,7 +27,9 @@ def fold(forecast: Forecast, model: Model, url: str, sums: Mapping[str, np.ndarr
 
 def layout(forecast: Forecast, model: Model) -> xr.Dataset:
     """The store's template."""
-    return forecast_store.layout(
+    if forecast.template is not None:
+        return forecast.template
+    forecast.template = forecast_store.layout(
         forecast.context.samples,
         forecast.ensemble,
         seed=forecast.asked.seed,
@@ -44,6 +46,7 @@ def layout(forecast: Forecast, model: Model) -> xr.Dataset:
         shard_members=forecast.chunk,
         levels=forecast.job.levels,
     )
+    return forecast.template
 
 
 def create(forecast: Forecast, model: Model, url: str) -> None:

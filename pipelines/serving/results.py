@@ -11,6 +11,7 @@ import io
 import re
 import secrets
 import time
+import zipfile
 from collections.abc import Mapping
 from typing import Any
 
@@ -33,6 +34,8 @@ class Results:
 
     def __init__(self, url: str, keep_hours: float) -> None:
         self.url, self._keep = url.rstrip("/"), keep_hours * 3600
+        self._ends: dict[str, float] = {}
+        """When forecasts ended, as far as that was looked up."""
 
     def folder(self, number: str) -> str:
         """URL of a forecast's folder."""
@@ -64,7 +67,7 @@ class Results:
         try:
             with np.load(io.BytesIO(fs.cat_file(f"{path}/sums.npz")), allow_pickle=False) as found:
                 sums = {name: found[name] for name in found.files}
-        except (OSError, ValueError, EOFError, KeyError):
+        except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile):
             return None
         return int(sums.pop("chunks")), sums
 
@@ -89,17 +92,28 @@ class Results:
 
     def sweep(self) -> None:
         """Delete what has been kept for long enough, and after as long again the trace of it."""
-        for number in self._all():
-            status, gone = self.status(number), read_json(self.folder(number), "expired.json")
-            fs, path = filesystem(self.folder(number))
-            if gone is not None and time.time() > gone["ended_at"] + 2 * self._keep:
-                fs.rm(path, recursive=True)
-            elif status is not None and time.time() > status["ended_at"] + self._keep:
-                # The trace first: whoever asks in between is told the truth.
-                write_json(self.folder(number), "expired.json", {"ended_at": status["ended_at"]})
-                for each in fs.ls(path, detail=False):
-                    if not each.rstrip("/").endswith("expired.json"):
-                        fs.rm(each, recursive=True)
+        now, found = time.time(), set(self._all())
+        for number in found:
+            if number not in self._ends:
+                record = read_json(self.folder(number), "expired.json") or self.status(number)
+                if record is None:
+                    continue
+                self._ends[number] = float(record["ended_at"])
+            if now > self._ends[number] + self._keep:
+                self._expire(number, now)
+        self._ends = {number: end for number, end in self._ends.items() if number in found}
+
+    def _expire(self, number: str, now: float) -> None:
+        fs, path = filesystem(self.folder(number))
+        if now > self._ends[number] + 2 * self._keep:
+            fs.rm(path, recursive=True)
+            return
+        if not self.expired(number):
+            # The trace first: whoever asks in between is told the truth.
+            write_json(self.folder(number), "expired.json", {"ended_at": self._ends[number]})
+        for each in fs.ls(path, detail=False):
+            if not each.rstrip("/").endswith("expired.json"):
+                fs.rm(each, recursive=True)
 
     def _all(self) -> list[str]:
         fs, path = filesystem(self.url)

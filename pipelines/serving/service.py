@@ -8,7 +8,7 @@ import asyncio
 import logging
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable
 from typing import Any
 
 import numpy as np
@@ -34,6 +34,7 @@ AHEAD = 2
 Replicas draw first what came first, so that forecasts with as many chunks under way share them fairly.
 """
 WITH_RESULT = ("complete", "partial")
+STOPPED = "the service was stopped before it was finished"
 CHECKPOINT_SECONDS = 2.0
 SWEEP_SECONDS = 60.0
 
@@ -103,8 +104,7 @@ class Service:
         if tasks:
             await asyncio.wait(tasks, timeout=self.settings.drain_seconds)
         for forecast in list(self._running.values()):
-            if forecast.task is not None and not forecast.attached:
-                forecast.status = "left"
+            forecast.stopped = True
             if forecast.task is not None:
                 forecast.task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -122,16 +122,16 @@ class Service:
     async def _resume(self, number: str) -> None:
         request = await asyncio.to_thread(self.results.request, number)
         assert request is not None
-        lost = {"id": number, "status": "failed", "error": "the service was stopped before it was finished"}
-        if request["attached"] or request["run_hash"] != self.model.run.hash:
-            # Whoever waited for it has gone, or another model would finish it.
-            await asyncio.to_thread(self.results.end, number, lost)
-            return
         try:
             asked = ForecastRequest.model_validate(request["asked"])
             forecast = await asyncio.to_thread(self.model.forecast, number, asked, int(request["chunk"]))
         except (ValueError, InputError) as error:
-            await asyncio.to_thread(self.results.end, number, {**lost, "error": str(error)})
+            lost = {"id": number, "status": "failed", "error": f"{STOPPED}: {error}"}
+            await asyncio.to_thread(self.results.end, number, lost)
+            return
+        if request["attached"] or request["run_hash"] != self.model.run.hash:
+            # Whoever waited for it has gone, or another model would finish it.
+            await self._end(forecast, "failed", STOPPED)
             return
         found = await asyncio.to_thread(self.results.progress, number)
         if found is not None and not asked.quantiles:
@@ -198,14 +198,15 @@ class Service:
     async def follow(self, number: str) -> AsyncIterator[dict[str, Any]]:
         """The status of a forecast now, and after every change until it has ended."""
         forecast = self._running.get(number)
-        while forecast is not None and not forecast.ended:
+        while number in self._running and forecast is not None and not forecast.ended:
             changed = asyncio.ensure_future(forecast.change())
             try:
                 yield await self._live(forecast)
                 await changed
             finally:
                 changed.cancel()
-        yield await self.status(number)
+        if forecast is None or forecast.ended:
+            yield await self.status(number)
 
     async def status(self, number: str) -> dict[str, Any]:
         """How a forecast stands, or how it ended.
@@ -280,14 +281,16 @@ class Service:
             some = forecast.tally.reduction.n > 0
             outcome, error = ("partial" if some else "failed"), "the deadline has passed"
         except asyncio.CancelledError:
-            outcome, error = ("left" if forecast.status == "left" else "cancelled"), "it was cancelled"
+            outcome, error = "cancelled", "it was cancelled"
+            if forecast.stopped:
+                outcome, error = ("failed" if forecast.attached else "left"), STOPPED
         except Exception as problem:
             log.exception("forecast %s failed", forecast.id)
             outcome, error = "failed", _said(problem)
         finally:
             if not started:
                 self.metrics.waiting.dec()
-        await self._end(forecast, outcome, error)
+        await _whole(self._end(forecast, outcome, error))
 
     async def _sample(self, forecast: Forecast) -> None:
         """Draw its members chunk by chunk, until there are enough."""
@@ -309,7 +312,7 @@ class Service:
                     return
                 sums = await under_way.popleft()
                 async with forecast.lock:
-                    await _whole(keeping.fold, forecast, self.model, url, sums)
+                    await _whole(asyncio.to_thread(keeping.fold, forecast, self.model, url, sums))
                 if time.monotonic() - saved > CHECKPOINT_SECONDS and not forecast.asked.quantiles:
                     await asyncio.to_thread(
                         self.results.checkpoint, forecast.id, forecast.chunks_done, forecast.tally.sums()
@@ -354,9 +357,9 @@ class Service:
             return await asyncio.to_thread(summaries.status, forecast, self.model)
 
 
-async def _whole(work: Callable[..., None], *arguments: Any) -> None:
-    """Do some work in a thread, and wait for its end even when cancelled meanwhile."""
-    done = asyncio.ensure_future(asyncio.to_thread(work, *arguments))
+async def _whole(work: Awaitable[None]) -> None:
+    """Wait for the end of some work even when cancelled meanwhile."""
+    done = asyncio.ensure_future(work)
     try:
         await asyncio.shield(done)
     except asyncio.CancelledError:
