@@ -15,9 +15,10 @@ import xarray as xr
 import zarr
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny_archive import built
 
 from pipelines import windows
-from pipelines.archives import Plan, enso, radar, sevir, store, synthetic
+from pipelines.archives import enso, radar, sevir, store, synthetic
 from pipelines.archives.store import Archive
 from pipelines.errors import InputError
 from pipelines.tasks import TASKS, Splits, Task, Tiles
@@ -25,22 +26,6 @@ from pipelines.windows import SPLITS, Window, enumerate_windows, read
 
 DAY = np.timedelta64(1, "D")
 METRES = "+proj=laea +lat_0=38 +lon_0=-98 +units=m +a=6370997.0 +ellps=sphere"
-
-
-def built(plan: Plan, url: str) -> Archive:
-    """The archive of a plan, as `prepare` writes it, in this process."""
-    store.create(url, plan.groups, config=plan.config, shards=len(plan.shards))
-    quarantine = []
-    for number, shard in enumerate(plan.shards):
-        regions, bad = shard.decode()
-        written = [
-            store.region_record(r.group, r.region, store.write_region(url, r.group, r.arrays, r.region))
-            for r in regions
-        ]
-        store.write_record(url, number, {"regions": written})
-        quarantine += [{"series": b.series, "file": b.file, "reason": b.reason} for b in bad]
-    store.complete(url, {"counts": {}, "quarantine": quarantine})
-    return store.open_archive(url)
 
 
 def bare(url: str, kind: str, root: xr.Dataset, quarantine: tuple[str, ...] = ()) -> Archive:

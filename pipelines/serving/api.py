@@ -25,6 +25,11 @@ from pipelines.serving.service import STOPPED, WITH_RESULT, Service, WithoutResu
 from pipelines.serving.settings import first_line
 
 PAGE = Path(__file__).with_name("page.html")
+POLICY = (
+    "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:; "
+    "connect-src 'self'; form-action 'none'; frame-ancestors 'none'; base-uri 'none'"
+)
+"""The page asks nobody but this service for anything."""
 SSE, NDJSON = "text/event-stream", "application/x-ndjson"
 NETCDF, PNG = "application/x-netcdf", "image/png"
 
@@ -398,9 +403,12 @@ async def metrics(service: Behind) -> Response:
 
 
 @router.get("/", response_class=HTMLResponse, include_in_schema=False)
-async def page() -> str:
+async def page() -> HTMLResponse:
     """The page."""
-    return await asyncio.to_thread(PAGE.read_text, encoding="utf-8")
+    text = await asyncio.to_thread(PAGE.read_text, encoding="utf-8")
+    return HTMLResponse(
+        text, headers={"Content-Security-Policy": POLICY, "X-Content-Type-Options": "nosniff"}
+    )
 
 
 # ----------------------------------------------------------------------------------------------- answers
