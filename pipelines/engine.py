@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import os
+import secrets
 import sys
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -39,7 +40,6 @@ def connect(workers: int | None = None, address: str | None = None) -> None:
     if ray.is_initialized():
         return
     # Ray's own progress and hints are for those who write Ray programs; ours come from the verbs.
-    os.environ.setdefault("RAY_AUTH_MODE", "disabled")
     os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("RAY_TRAIN_ENABLE_V2_MIGRATION_WARNINGS", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
@@ -56,6 +56,10 @@ def connect(workers: int | None = None, address: str | None = None) -> None:
     if local:
         # Nobody takes a laptop away with a notice: a process less to start.
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
+        # Ray listens on all addresses of the machine, and does what it is told by whoever has its token.
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    else:
+        os.environ.setdefault("RAY_AUTH_MODE", "disabled")
     start = partial(ray.init, log_to_driver=False, logging_level=logging.ERROR)
     if local:
         start(

@@ -3,7 +3,9 @@
 `application` builds it from typed arguments, for `earthformer serve` as for `serve deploy`.
 """
 
+import os
 import signal
+import sys
 import threading
 from typing import Any
 
@@ -18,10 +20,10 @@ from pipelines.serving import api
 from pipelines.serving.model import Model
 from pipelines.serving.sampler import Sampler
 from pipelines.serving.service import AHEAD, Service, threads
-from pipelines.serving.settings import Settings, first_line
+from pipelines.serving.settings import LOOPBACK, Settings, first_line
 
 NAME = "earthformer"
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
+SWITCH_SECONDS = 5e-4
 MOST_REQUESTS = 1000
 """Connections at a time; forecasts have limits of their own."""
 
@@ -32,6 +34,8 @@ class Gateway:
 
     def __init__(self, settings: Settings, sampler: DeploymentHandle) -> None:
         engine.quiet()
+        # Requests pass through several threads, each of which waits for those that fold and write to let go.
+        sys.setswitchinterval(SWITCH_SECONDS)
         self.service = Service(settings, sampler)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
@@ -93,6 +97,8 @@ def run(settings: Settings, host: str, port: int) -> DeploymentHandle:
         first_line(settings.token_file)
     # What is wrong with the arguments is said here, in one line, rather than by a replica.
     Model.open(settings)
+    # Ray has its workers give way to all else; of ours only the replicas of the model shall.
+    os.environ.setdefault("RAY_worker_niceness", "0")
     engine.connect(settings.replicas)
     serve.start(http_options={"host": host, "port": port})
     return serve.run(application(settings), name=NAME, route_prefix="/")

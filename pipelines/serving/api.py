@@ -14,6 +14,7 @@ import xarray as xr
 from fastapi import APIRouter, Depends, FastAPI, Header, Query, Request, Response
 from fastapi.responses import FileResponse, HTMLResponse, JSONResponse, PlainTextResponse, StreamingResponse
 from starlette.background import BackgroundTask
+from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from pipelines import windows
 from pipelines.errors import InputError
@@ -22,7 +23,7 @@ from pipelines.serving.asked import EventsRequest, ForecastRequest, Referenced
 from pipelines.serving.door import Door, RefusedQuery, answer, answer_errors
 from pipelines.serving.forecast import ENDED, Forecast
 from pipelines.serving.service import STOPPED, WITH_RESULT, Service, WithoutResult
-from pipelines.serving.settings import first_line
+from pipelines.serving.settings import LOOPBACK, first_line
 
 PAGE = Path(__file__).with_name("page.html")
 POLICY = (
@@ -54,6 +55,9 @@ def build(service: Service) -> FastAPI:
     )
     app.state.service = service
     token = service.settings.token_file
+    if token is None:
+        # Another site's page may have its own name point here, and read what it likes.
+        app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(LOOPBACK))
     app.add_middleware(
         Door,
         token=first_line(token) if token else None,

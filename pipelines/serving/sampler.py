@@ -1,6 +1,7 @@
 """The model behind the service: replicas that draw members and give back sums."""
 
 import asyncio
+import os
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +15,8 @@ from pipelines import engine, plans, runs
 from pipelines.plans import Drawing
 from pipelines.serving.tally import Job, Tally
 
+LEAST = 19
+"""The largest niceness."""
 Known = dict[str, np.ndarray]
 """What all members of a context share."""
 
@@ -29,7 +32,8 @@ class Sampler:
         module = cast(Any, runs.open_run(alignment).module()) if alignment else None
         self._constraint = module.to(self._device) if module is not None else None
         # One at a time, and not on the event loop: that answers health checks meanwhile.
-        self._one = ThreadPoolExecutor(1)
+        # On processors it gives way, with the threads of PyTorch that it starts, to whoever answers requests.
+        self._one = ThreadPoolExecutor(1, initializer=os.nice, initargs=(0 if gpu else LEAST,))
 
     async def alive(self) -> bool:
         """Whether there is a replica."""

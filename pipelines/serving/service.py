@@ -6,6 +6,8 @@ to the bit whoever drew them, after a replica's death and after a restart.
 
 import asyncio
 import logging
+import math
+import random
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable
@@ -175,7 +177,9 @@ class Service:
         if self.draining or len(self._running) >= most:
             self.metrics.rejected.inc()
             turns = max(1, len(self._running) // self.settings.max_running)
-            raise Overloaded(min(600, max(1, round(self._mean_seconds * turns))))
+            # Not all at the same time, or they would be turned away again.
+            seconds = self._mean_seconds * turns * random.uniform(1, 2)
+            raise Overloaded(min(600, max(1, math.ceil(seconds))))
 
     async def cancel(self, number: str) -> None:
         """End a forecast; nothing happens to one that has ended.

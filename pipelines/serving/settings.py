@@ -11,6 +11,9 @@ from pipelines.archives import filesystem
 from pipelines.errors import InputError
 from pipelines.plans import MOST_MEMBERS
 
+LOOPBACK = ("127.0.0.1", "localhost")
+"""Where a service without a token listens, and what it is called."""
+
 
 class Settings(BaseModel):
     """Arguments of `pipelines.serve:application`, as in a Serve configuration's `args`."""

@@ -188,6 +188,12 @@ def test_what_is_too_large_is_refused_before_it_is_read(served, http):
         assert refused(answer, 413) == ("body", "is too large: needed 2000000 bytes or less")
 
 
+def test_no_other_site_may_have_its_name_point_here(served, http):
+    for path in ("/", "/v1/models"):
+        assert http.get(path, headers={"Host": "evil.example"}).status_code == 400
+        assert http.get(path, headers={"Host": "localhost"}).status_code == 200
+
+
 def test_malformed_bytes_are_refused(served, http):
     for content in (b"", b"{", b"\xff\xfe", b"null", b"[]", b'{"context": NaN}', b"1" * 5000):
         answer = http.post("/v1/forecasts", content=content, headers={"Content-Type": "application/json"})

@@ -184,7 +184,7 @@ def test_many_clients_are_all_answered_rightly_or_turned_away(served, http):
                 answer = await one.post("/v1/forecasts", params={"wait": "true"}, json=served.request())
                 answers.append((answer.status_code, answer.json()))
                 if answer.status_code == 503:
-                    await asyncio.sleep(0.5)
+                    await asyncio.sleep(float(answer.headers["Retry-After"]))
 
     async def load():
         answers, stop = [], time.monotonic() + 8
