@@ -139,7 +139,7 @@ class Service:
 
 
 async def load(url: str, asked: dict, clients: int, seconds: float) -> None:
-    """Print the answers by kind (right ones have the events of a forecast made alone), and how fast a 503 is."""
+    """Print the answers by kind (right ones are those of a forecast made alone), and how fast a 503 is."""
     found: collections.Counter = collections.Counter()
     turned_away: list[float] = []
     everyone = httpx.Limits(max_connections=None)
