@@ -310,6 +310,10 @@ def request(
         float | None, typer.Option(help="Draw until no event's interval has a larger half-width.")
     ] = None,
     events: Annotated[str | None, typer.Option(help="YAML list of events to give probabilities of.")] = None,
+    at: Annotated[
+        tuple[float, float] | None,
+        typer.Option(help="Longitude and latitude: where events without a region are asked."),
+    ] = None,
     quantiles: Annotated[str, typer.Option(help="Comma-separated, such as 0.1,0.5,0.9.")] = "",
     keep_members: Annotated[bool, typer.Option("--keep-members", help="Have the members as well.")] = False,
     sampler: Annotated[str, typer.Option(help="ddpm, ddim, dpm++ or unipc.")] = "dpm++",
@@ -331,6 +335,7 @@ def request(
     from pipelines.events import read_events
     from pipelines.serving.settings import first_line
 
+    asked = read_events(events) if events else ()
     found, status = client.request(
         url,
         event=event,
@@ -340,7 +345,7 @@ def request(
         context=None if context is None else xr.open_dataset(context),
         members=members,
         until_ci=until_ci,
-        events=read_events(events) if events else (),
+        events=asked if at is None else [event.at(*at) for event in asked],
         quantiles=plans.parse_quantiles(quantiles),
         keep_members=keep_members,
         sampler=sampler,

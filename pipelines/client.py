@@ -182,7 +182,7 @@ def table(status: dict[str, Any]) -> Table:
         found.add_column(name, justify="right")
     for event in status["events"]:
         high = event if event["kind"] == "region" else event["highest"] or {}
-        where = "its region" if event["kind"] == "region" else _where(high)
+        where = "in its region" if event["kind"] == "region" else _where(high)
         ends = [_percent(high.get(end)) for end in ("ci_low", "ci_high")]
         cells = (escape(event["name"]), _percent(high.get("probability")), "–".join(ends), where)
         found.add_row(*cells, _percent(event.get("mean")))

@@ -9,7 +9,7 @@ probability.
 
 import math
 import re
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Annotated, Any, Literal
 
 import fsspec
@@ -86,6 +86,19 @@ class Event:
             _need(self.region is None, "region", "given", f"none: {NINO34} has its own")
             _need(self.radius == 0, "radius", self.radius, f"0 for {NINO34}")
             _need(not self.accumulated, "accumulated", True, f"false for {NINO34}")
+
+    def at(self, longitude: float, latitude: float) -> "Event":
+        """The event at a place; as it is where it has a place of its own.
+
+        Raises:
+            InputError: there is no such place.
+        """
+        if self.region is not None or self.variable == NINO34:
+            return self
+        try:
+            return replace(self, region=Region(point=(longitude, latitude)))
+        except ValueError as error:
+            raise InputError(f"event {self.name!r}: {error}") from error
 
 
 def _need(holds: bool, name: str, found: Any, needed: str) -> None:

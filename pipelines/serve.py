@@ -3,6 +3,7 @@
 `application` builds it from typed arguments, for `earthformer serve` as for `serve deploy`.
 """
 
+import logging
 import os
 import signal
 import sys
@@ -100,6 +101,7 @@ def run(settings: Settings, host: str, port: int) -> DeploymentHandle:
     # Ray has its workers give way to all else; of ours only the replicas of the model shall.
     os.environ.setdefault("RAY_worker_niceness", "0")
     engine.connect(settings.replicas)
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
     serve.start(http_options={"host": host, "port": port})
     return serve.run(application(settings), name=NAME, route_prefix="/")
 

@@ -215,6 +215,9 @@ def test_the_client_returns_a_dataset_and_the_command_prints_it(served, capsys, 
     cli.app(words, standalone_mode=False)
     said = capsys.readouterr().out
     assert re.search(r"rain .*%.* %? ?.*field mean|field mean[\s\S]*rain .*\d\.\d%", said)
+    place = status["events"][0]["highest"]
+    cli.app([*words[:-2], "--at", str(place["lon"]), str(place["lat"])], standalone_mode=False)
+    assert re.search(r"rain .*in its region", capsys.readouterr().out)
     assert "complete, 8 members (they can tell no less than 12.5%)" in said
     again = xr.open_dataset(tmp_path / "f.nc", engine="h5netcdf").load()
     np.testing.assert_array_equal(again["vil_mean"], found["vil_mean"])
