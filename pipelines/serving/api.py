@@ -173,23 +173,26 @@ async def cancel(id: str, service: Behind) -> Response:
     return Response(status_code=204)
 
 
-Format = Annotated[Literal["netcdf", "png"] | None, Query(description="Default: as accepted, else NetCDF.")]
+def _as_png(
+    format: Annotated[
+        Literal["netcdf", "png"] | None, Query(description="Default: as accepted, else NetCDF.")
+    ] = None,
+    accept: Annotated[str, Header()] = NETCDF,
+) -> bool:
+    return format == "png" or (format is None and PNG in accept)
+
+
+AsPng = Annotated[bool, Depends(_as_png)]
 Lead = Annotated[float | None, Query(description="Of a PNG, in minutes or months; default: the last.")]
 FILES = _responses(404, 409, 410, content=(NETCDF, PNG))
 
 
 @router.get("/v1/forecasts/{id}/probability", responses=FILES)
-async def probability(
-    id: str,
-    event: str,
-    service: Behind,
-    format: Format = None,
-    accept: Annotated[str, Header()] = NETCDF,
-) -> Response:
+async def probability(id: str, event: str, service: Behind, as_png: AsPng) -> Response:
     """An event's probability with its interval, so far or in the end: a map as PNG, or NetCDF."""
     found = await service.dataset(id)
     chosen = await _in_thread("event", products.of_event, found, event)
-    if not _as_png(format, accept):
+    if not as_png:
         return await _file(products.netcdf, chosen)
     if chosen["probability"].ndim < 2:
         return answer(422, ["query", "format"], f"{event!r} has a single probability: needed netcdf")
@@ -198,28 +201,15 @@ async def probability(
 
 
 @router.get("/v1/forecasts/{id}/mean", responses=FILES)
-async def mean(
-    id: str,
-    service: Behind,
-    format: Format = None,
-    lead_time: Lead = None,
-    accept: Annotated[str, Header()] = NETCDF,
-) -> Response:
+async def mean(id: str, service: Behind, as_png: AsPng, lead_time: Lead = None) -> Response:
     """Mean and standard deviation of the ensemble."""
     found, name = await service.dataset(id), service.model.task.variable
     names = [f"{name}_mean", f"{name}_stdev"]
-    return await _field(found[names], names[0], "mean", service, _as_png(format, accept), lead_time)
+    return await _field(found[names], names[0], "mean", service, as_png, lead_time)
 
 
 @router.get("/v1/forecasts/{id}/quantile", responses=FILES)
-async def quantile(
-    id: str,
-    q: float,
-    service: Behind,
-    format: Format = None,
-    lead_time: Lead = None,
-    accept: Annotated[str, Header()] = NETCDF,
-) -> Response:
+async def quantile(id: str, q: float, service: Behind, as_png: AsPng, lead_time: Lead = None) -> Response:
     """One of the quantiles that were asked for."""
     found, name = await service.dataset(id), f"{service.model.task.variable}_quantile"
     known = found["quantile"].values.tolist() if name in found else []
@@ -227,18 +217,11 @@ async def quantile(
         needed = ", ".join(map(str, known)) or "a forecast that was asked for quantiles"
         return answer(422, ["query", "q"], f"is {q}: needed {needed}")
     chosen = found[[name]].sel(quantile=q)
-    return await _field(chosen, name, f"quantile {q:g}", service, _as_png(format, accept), lead_time)
+    return await _field(chosen, name, f"quantile {q:g}", service, as_png, lead_time)
 
 
 @router.get("/v1/forecasts/{id}/members/{k}", responses=FILES)
-async def member(
-    id: str,
-    k: int,
-    service: Behind,
-    format: Format = None,
-    lead_time: Lead = None,
-    accept: Annotated[str, Header()] = NETCDF,
-) -> Response:
+async def member(id: str, k: int, service: Behind, as_png: AsPng, lead_time: Lead = None) -> Response:
     """One member: as it was kept, else drawn again by its seed, to the same bits."""
     status = await service.status(id)
     if status["status"] not in WITH_RESULT:
@@ -255,7 +238,7 @@ async def member(
         field = field.assign_coords(member=k, seed=int(found["seed"].values[k]))
         field.attrs = {name: value for name, value in like.attrs.items() if name == "units"}
     chosen = field.to_dataset(name=name).assign_attrs(found.attrs)
-    return await _field(chosen, name, f"member {k}", service, _as_png(format, accept), lead_time)
+    return await _field(chosen, name, f"member {k}", service, as_png, lead_time)
 
 
 @router.get(
@@ -420,10 +403,6 @@ async def page() -> HTMLResponse:
 
 def _base64(values: np.ndarray, dtype: Any) -> str:
     return base64.b64encode(np.ascontiguousarray(values, dtype).tobytes()).decode()
-
-
-def _as_png(format: str | None, accept: str) -> bool:
-    return format == "png" or (format is None and PNG in accept)
 
 
 async def _in_thread(field: str, work: Callable[..., Any], *arguments: Any) -> Any:
