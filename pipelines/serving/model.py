@@ -26,7 +26,7 @@ class Model:
     grid: tuple[int, int]
     """Height and width."""
     guiding: Drawing
-    """With the alignment network, its hash and its strength, if there is one."""
+    """Its precision; the alignment network, its hash and its strength, if there is one."""
     archives: dict[str, Archive]
 
     @classmethod
@@ -41,7 +41,8 @@ class Model:
                 f"{settings.run} is a run of {run.config.trainable}: needed one of a denoiser, whose "
                 "members differ"
             )
-        guiding = plans.checked(Drawing(alignment=settings.alignment), run)
+        precision = "bf16" if settings.bf16 else "float32"
+        guiding = plans.checked(Drawing(alignment=settings.alignment, precision=precision), run)
         archives = {name: store.open_archive(url) for name, url in settings.archives.items()}
         task = run.config.task
         for name, archive in archives.items():

@@ -304,7 +304,7 @@ class Service:
         job, known = await self._replicas.prepared(forecast.context.pixels, forecast.job)
         waiting = iter(range(forecast.chunks_done, forecast.chunks))
         under_way: deque[asyncio.Task[dict[str, np.ndarray]]] = deque()
-        saved = time.monotonic()
+        due = time.monotonic() + CHECKPOINT_SECONDS
         try:
             while not forecast.enough:
                 for chunk in waiting:
@@ -317,16 +317,23 @@ class Service:
                 sums = await under_way.popleft()
                 async with forecast.lock:
                     await _whole(asyncio.to_thread(keeping.fold, forecast, self.model, url, sums))
-                if time.monotonic() - saved > CHECKPOINT_SECONDS and not forecast.asked.quantiles:
-                    await asyncio.to_thread(
-                        self.results.checkpoint, forecast.id, forecast.chunks_done, forecast.tally.sums()
-                    )
-                    saved = time.monotonic()
                 forecast.notify()
+                began = time.monotonic()
+                if began > due:
+                    await self._checkpoint(forecast)
+                    # Large fields, or a slow store: a twentieth of the time at most.
+                    took = time.monotonic() - began
+                    due = began + max(CHECKPOINT_SECONDS, 20 * took)
         finally:
             for task in under_way:
                 task.cancel()
             await asyncio.gather(*under_way, return_exceptions=True)
+
+    async def _checkpoint(self, forecast: Forecast) -> None:
+        """Remember how far it is; with quantiles, which need all members, it would begin anew."""
+        if not forecast.asked.quantiles:
+            sums = forecast.tally.sums()
+            await asyncio.to_thread(self.results.checkpoint, forecast.id, forecast.chunks_done, sums)
 
     # -------------------------------------------------------------------------------------- the end
 
@@ -337,9 +344,7 @@ class Service:
         forecast.error = "" if outcome == "complete" else error
         try:
             if outcome == "left":
-                await asyncio.to_thread(
-                    self.results.checkpoint, forecast.id, forecast.chunks_done, forecast.tally.sums()
-                )
+                await self._checkpoint(forecast)
             else:
                 if outcome in ("complete", "partial"):
                     url = self.results.store(forecast.id)

@@ -33,6 +33,7 @@ class Settings(BaseModel):
     min_replicas: int | None = Field(None, ge=0, description="Scale with the queue, down to so many.")
     idle_seconds: float = Field(300.0, ge=0, description="How long a replica may idle before it is stopped.")
     gpu: bool = Field(False, description="One GPU a replica.")
+    bf16: bool = Field(False, description="The denoiser in bfloat16.")
     chunk: int = Field(8, ge=1, le=1024, description="Members that a replica draws at once.")
 
     max_members: int = Field(1000, ge=2, le=MOST_MEMBERS)
