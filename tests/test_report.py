@@ -8,6 +8,7 @@ import re
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 from PIL import Image
 from tiny_forecast import persist, write_forecast
 from tiny_scored import calibrated, sevir, write_reduced
@@ -194,7 +195,7 @@ def test_the_page_of_an_ensemble_shows_its_members_and_probabilities(both):
 
 def test_members_and_probabilities_are_drawn_as_they_are(monkeypatch, ensemble, archive):
     drawn = []
-    monkeypatch.setattr(maps, "draw", lambda source, index, rows, colours: drawn.append(rows) or "")
+    monkeypatch.setattr(maps, "draw", lambda view, rows, colours: drawn.append(rows) or Figure())
     source = open_forecast(ensemble, archive)
     stage.report([ensemble], archive.url, "memory://drawn/report.html", cases=1)
     frames, stamps, shares, asked = drawn
