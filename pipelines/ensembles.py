@@ -151,16 +151,25 @@ class Reduction:
         }
         if self._spill is not None:
             found[f"{name}_quantile"] = self._spill.result(self._shape)
+        return _float32(found) | self.probabilities()
+
+    def probabilities(self) -> dict[str, np.ndarray]:
+        """Those of `result` that speak of events."""
+        found: dict[str, Any] = {}
         for prefix, scalar in (("", False), ("regional_", True)):
             asked = [counter for counter in self._counters if counter.event.scalar == scalar]
             if asked:
                 k, n = (np.stack([getattr(counter, of) for counter in asked]) for of in ("k", "n"))
                 found[f"{prefix}probability"] = k / np.where(n > 0, n, np.nan)
                 found[f"{prefix}ci_low"], found[f"{prefix}ci_high"] = interval(k, n)
-        return {
-            key: np.asarray(value, np.float32) if np.asarray(value).dtype.kind == "f" else np.asarray(value)
-            for key, value in found.items()
-        }
+        return _float32(found)
+
+
+def _float32(found: dict[str, Any]) -> dict[str, np.ndarray]:
+    return {
+        key: np.asarray(value, np.float32) if np.asarray(value).dtype.kind == "f" else np.asarray(value)
+        for key, value in found.items()
+    }
 
 
 class _Moments:

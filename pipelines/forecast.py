@@ -16,7 +16,7 @@ from pipelines.ensembles import Reduction
 from pipelines.errors import InputError
 from pipelines.forecast_store import member_seeds, template
 from pipelines.plans import Ensemble, Plan, need
-from pipelines.windows import Window
+from pipelines.series import Window
 
 CHECKED = 16
 """With `until_ci`, intervals are looked at whenever so many members more have been drawn."""

@@ -16,8 +16,8 @@ from pipelines.ensembles import LEVEL
 from pipelines.events import NINO34, Bound, BoundEvent, plain_units
 from pipelines.exceedances import Levels
 from pipelines.plans import Drawing, Ensemble, Plan, Samples
+from pipelines.series import Window
 from pipelines.tasks import TASKS, Task
-from pipelines.windows import Window
 
 
 def member_seeds(seed: int, keys: Sequence[Window], members: int) -> torch.Tensor:

@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from pipelines import configs, engine, journal, runs, windows
 from pipelines.archives import filesystem, store
 from pipelines.archives.store import Archive
-from pipelines.windows import READ_WINDOWS, Window
+from pipelines.series import Window
+from pipelines.windows import READ_WINDOWS
 
 AUTOENCODER = "autoencoder.safetensors"
 SHARD_WINDOWS = 16

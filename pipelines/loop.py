@@ -27,8 +27,8 @@ from earthformer.scores import Contingency, Errors, Nino
 from pipelines import configs, engine, journal, latents, runs, windows
 from pipelines.archives.store import Archive, open_archive
 from pipelines.errors import InputError
+from pipelines.series import Window
 from pipelines.tasks import Task
-from pipelines.windows import Window
 
 CALIBRATION_WINDOWS = 64
 """Training windows that are looked at before the first step, by trainables that measure something of them."""

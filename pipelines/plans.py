@@ -16,8 +16,8 @@ from pipelines.archives.store import Archive
 from pipelines.baselines import BASELINES, ENSEMBLES
 from pipelines.errors import InputError
 from pipelines.events import Bound, Event, bind
+from pipelines.series import Window
 from pipelines.tasks import Task
-from pipelines.windows import Window
 
 SHARD_BYTES = 64 << 20
 """Forecast values that one task holds and writes at once."""

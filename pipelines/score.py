@@ -20,9 +20,9 @@ from pipelines import engine, verification, windows
 from pipelines.archives.store import Archive, open_archive, read_json, write_json
 from pipelines.errors import InputError
 from pipelines.forecast_store import member_seeds
+from pipelines.series import Window
 from pipelines.tasks import Task
 from pipelines.verification import Scored, Verification, verify
-from pipelines.windows import Window
 
 BATCH = 4
 """Windows of a deterministic forecast held at once: 4 of SEVIR, their truth and errors take 300 MB."""

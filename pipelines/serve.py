@@ -3,6 +3,7 @@
 `application` builds it from typed arguments, for `earthformer serve` as for `serve deploy`.
 """
 
+import asyncio
 import logging
 import os
 import signal
@@ -25,6 +26,7 @@ from pipelines.serving.settings import LOOPBACK, Settings, first_line
 
 NAME = "earthformer"
 SWITCH_SECONDS = 5e-4
+PROXY_SECONDS = 1.0
 MOST_REQUESTS = 1000
 """Connections at a time; forecasts have limits of their own."""
 
@@ -43,8 +45,14 @@ class Gateway:
         return api.build(self.service)
 
     async def drain(self) -> None:
-        """Take no more forecasts, and let those under way end."""
+        """Take no more forecasts, let those under way end, and answer who waits for them."""
         await self.service.stop()
+        for _ in range(50):
+            if self.service.answering == 0:
+                break
+            await asyncio.sleep(0.1)
+        # Serve ends its proxy at once, whatever that has yet to pass on.
+        await asyncio.sleep(PROXY_SECONDS)
 
 
 def application(settings: Settings) -> Application:
@@ -112,5 +120,5 @@ def until_stopped(settings: Settings, gateway: DeploymentHandle) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stopped.set())
     stopped.wait()
-    gateway.drain.remote().result(timeout_s=settings.drain_seconds + 10)
+    gateway.drain.remote().result(timeout_s=settings.drain_seconds + 20)
     serve.shutdown()

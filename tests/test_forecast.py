@@ -32,8 +32,8 @@ from pipelines.forecast import forecast
 from pipelines.forecast_store import member_seeds
 from pipelines.plans import plan
 from pipelines.prepare import prepare
+from pipelines.series import Window
 from pipelines.tasks import TASKS, Splits, Tiles
-from pipelines.windows import Window
 
 TASK = dataclasses.replace(TASKS["sevir"], context=3, target=2, stride=(4, 4, 1))
 """One test window a frame: 45 of an event."""

@@ -11,24 +11,20 @@ from tiny_prediff import ALONE, begun, config, trained
 
 from earthformer.config import Scaling
 from pipelines import configs, journal, latents, loop, runs, windows
-from pipelines.archives import store, synthetic
+from pipelines.archives import store
 from pipelines.errors import InputError
-from pipelines.prepare import prepare
 from pipelines.tasks import Splits
 from pipelines.train import train
 
 
 @pytest.fixture(scope="module")
-def archive(tmp_path_factory, ray_cluster) -> str:
-    folder = tmp_path_factory.mktemp("latents")
-    synthetic.write_sevir(folder / "raw", events=10, seed=1, size=144)
-    prepare("sevir-lr", str(folder / "raw"), str(folder / "archive.zarr"), progress=False)
-    return str(folder / "archive.zarr")
+def archive(ensemble_archive) -> str:
+    return ensemble_archive
 
 
 @pytest.fixture(scope="module")
-def autoencoder(tmp_path_factory, archive) -> str:
-    return trained("autoencoder", archive, str(tmp_path_factory.mktemp("autoencoder") / "run"))
+def autoencoder(ensemble_runs) -> str:
+    return ensemble_runs["autoencoder"]
 
 
 @pytest.fixture(scope="module")

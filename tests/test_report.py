@@ -21,8 +21,8 @@ from pipelines.events import Event
 from pipelines.prepare import prepare
 from pipelines.report import headline, report
 from pipelines.score import open_forecast, score
+from pipelines.series import Window
 from pipelines.tasks import TASKS, Tiles
-from pipelines.windows import Window
 
 TASK = TASKS["sevir"]
 

@@ -21,9 +21,9 @@ from pipelines.archives import store, synthetic
 from pipelines.errors import InputError
 from pipelines.prepare import prepare
 from pipelines.score import ScoreCard, check_comparable, saved, score
+from pipelines.series import Window
 from pipelines.sheets import labels, sheets, tables
 from pipelines.tasks import TASKS
-from pipelines.windows import Window
 
 TASK = TASKS["sevir"]
 

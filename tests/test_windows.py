@@ -21,8 +21,9 @@ from pipelines import windows
 from pipelines.archives import enso, radar, sevir, store, synthetic
 from pipelines.archives.store import Archive
 from pipelines.errors import InputError
+from pipelines.series import SPLITS, Window
 from pipelines.tasks import TASKS, Splits, Task, Tiles
-from pipelines.windows import SPLITS, Window, enumerate_windows, read
+from pipelines.windows import enumerate_windows, read
 
 DAY = np.timedelta64(1, "D")
 METRES = "+proj=laea +lat_0=38 +lon_0=-98 +units=m +a=6370997.0 +ellps=sphere"

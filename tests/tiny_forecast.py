@@ -13,8 +13,8 @@ from earthformer.forecasters import EarthformerForecaster
 from pipelines import configs, forecast_store, plans, runs, windows
 from pipelines.archives import store
 from pipelines.archives.store import Archive
+from pipelines.series import Window
 from pipelines.tasks import Task
-from pipelines.windows import Window
 
 
 def write_forecast(

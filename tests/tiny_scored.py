@@ -11,8 +11,8 @@ from pipelines.archives.store import Archive
 from pipelines.ensembles import Reduction
 from pipelines.events import Event
 from pipelines.prepare import prepare
+from pipelines.series import Window
 from pipelines.tasks import Task
-from pipelines.windows import Window
 
 
 def sevir(folder: Path, *, events: int, seed: int) -> Archive:

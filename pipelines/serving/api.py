@@ -16,13 +16,13 @@ from fastapi.responses import FileResponse, HTMLResponse, JSONResponse, PlainTex
 from starlette.background import BackgroundTask
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
-from pipelines import windows
+from pipelines import series, windows
 from pipelines.errors import InputError
 from pipelines.serving import products, summaries
 from pipelines.serving.asked import EventsRequest, ForecastRequest, Referenced
 from pipelines.serving.door import Door, RefusedQuery, answer, answer_errors
 from pipelines.serving.forecast import ENDED, Forecast
-from pipelines.serving.service import STOPPED, WITH_RESULT, Service, WithoutResult
+from pipelines.serving.service import LATE, STOPPED, Service, WithoutResult
 from pipelines.serving.settings import LOOPBACK, first_line
 
 PAGE = Path(__file__).with_name("page.html")
@@ -60,6 +60,7 @@ def build(service: Service) -> FastAPI:
         app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(LOOPBACK))
     app.add_middleware(
         Door,
+        service=service,
         token=first_line(token) if token else None,
         most_bytes=int(service.settings.max_body_mb * 1e6),
     )
@@ -100,7 +101,6 @@ def _responses(*statuses: int | str, **more: Any) -> dict[int | str, dict[str, A
 @router.post("/v1/forecasts", status_code=202, responses=_responses(400, 409, 413, 503, 504))
 async def create(
     asked: ForecastRequest,
-    request: Request,
     service: Behind,
     wait: Annotated[bool, Query(description="Answer when it has ended; a disconnect cancels it.")] = False,
     accept: Annotated[str, Header()] = "application/json",
@@ -125,11 +125,11 @@ async def create(
         raise
     status = await service.status(forecast.id)
     if status["status"] == "cancelled":
-        raise WithoutResult(status["status"])
+        raise WithoutResult("was cancelled")
     if status["error"] == STOPPED:
         return answer(503, [], STOPPED, {"Retry-After": "10"})
     if status["status"] == "failed":
-        late = "deadline" in (status["error"] or "")
+        late = status["error"] == LATE
         return answer(504 if late else 500, ["body", "deadline"] if late else [], status["error"])
     return JSONResponse(status, 200, where)
 
@@ -223,13 +223,11 @@ async def quantile(id: str, q: float, service: Behind, as_png: AsPng, lead_time:
 @router.get("/v1/forecasts/{id}/members/{k}", responses=FILES)
 async def member(id: str, k: int, service: Behind, as_png: AsPng, lead_time: Lead = None) -> Response:
     """One member: as it was kept, else drawn again by its seed, to the same bits."""
-    status = await service.status(id)
-    if status["status"] not in WITH_RESULT:
-        raise WithoutResult(status["status"])
+    status = await service.finished(id)
     drawn = status["members"]["drawn"] + status["members"]["failed"]
     if not 0 <= k < drawn:
         return answer(404, ["path", "k"], f"is {k}: needed 0 to {drawn - 1}")
-    found, name = await service.dataset(id), service.model.task.variable
+    found, name = await service.stored(id), service.model.task.variable
     if name in found:
         field = found[name].isel(member=k)
     else:
@@ -248,11 +246,9 @@ async def result(
     id: str, service: Behind, format: Annotated[Literal["netcdf", "zarr"], Query()] = "netcdf"
 ) -> Response:
     """The whole result: NetCDF, or a zipped Zarr."""
-    status = await service.status(id)
-    if status["status"] not in WITH_RESULT:
-        raise WithoutResult(status["status"])
+    await service.finished(id)
     if format == "netcdf":
-        return await _file(products.netcdf, await service.dataset(id))
+        return await _file(products.netcdf, await service.stored(id))
     path = await asyncio.to_thread(products.zarr_zip, service.results.store(id))
     gone = BackgroundTask(Path(path).unlink)
     return FileResponse(path, media_type="application/zip", filename=f"{id}.zarr.zip", background=gone)
@@ -363,7 +359,7 @@ async def events(
 
 
 @lru_cache(maxsize=16)
-def _windows(service: Service, name: str, split: str) -> list[windows.Window]:
+def _windows(service: Service, name: str, split: str) -> list[series.Window]:
     try:
         return windows.enumerate_windows(service.model.task, service.model.archives[name], split)
     except InputError as error:

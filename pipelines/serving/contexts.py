@@ -17,20 +17,27 @@ from typing import Any
 
 import numpy as np
 import xarray as xr
-import zarr
 from zarr.storage import ZipStore
 
-from pipelines import windows
+from pipelines import series, windows
 from pipelines.archives.cf import axes_of, grid_of, in_metres
 from pipelines.archives.store import Archive
 from pipelines.configs import unknown
 from pipelines.errors import InputError
 from pipelines.events import unit_factor
 from pipelines.plans import Samples
+from pipelines.series import Window
 from pipelines.serving.asked import Inline, Referenced
 from pipelines.tasks import Task
-from pipelines.windows import Window
 
+PROJ_KEYS = frozenset(
+    (
+        *("proj", "lat_0", "lon_0", "lat_1", "lat_2", "lat_ts", "lonc", "alpha", "gamma", "x_0", "y_0"),
+        *("k", "k_0", "zone", "south", "h", "sweep", "a", "b", "R", "rf", "f", "ellps", "datum", "pm"),
+        *("units", "to_meter", "no_defs", "type", "over", "wktext", "o_proj", "o_lat_p", "o_lon_p"),
+    )
+)
+"""Of PROJ strings: others name files, such as grids, or pipelines."""
 CODECS = frozenset({"bytes", "transpose", "zstd", "gzip", "blosc", "crc32c", "sharding_indexed", "vlen-utf8"})
 """Of Zarr 3: what only decompresses and reorders."""
 
@@ -192,7 +199,9 @@ def _check_zip(content: bytes, where: str, most_bytes: int) -> None:
         shape = each.get("shape")
         if not isinstance(shape, list) or not all(isinstance(n, int) and n >= 0 for n in shape):
             raise Refused(where, "has an array without a shape: needed one")
-        size += 8 * math.prod(shape)
+        # A chunk is unpacked whole, however little of it the array takes.
+        chunk = ((each.get("chunk_grid") or {}).get("configuration") or {}).get("chunk_shape") or [1]
+        size += 8 * max(math.prod(shape), math.prod(n for n in chunk if isinstance(n, int)))
     if size > 8 * most_bytes:
         raise Refused(where, f"unpacks to too much: needed {most_bytes} bytes or less")
 
@@ -216,7 +225,6 @@ def _codecs(found: Any) -> set[str]:
 def _open(packed: ZipStore) -> xr.Dataset:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        zarr.open_group(packed, mode="r", zarr_format=3)
         return xr.open_zarr(packed, chunks=None, consolidated=False, zarr_format=3)
 
 
@@ -226,6 +234,10 @@ def _from_dataset(dataset: xr.Dataset, task: Task, grid: tuple[int, int], where:
         held = ", ".join(map(str, dataset.data_vars)) or "no variable"
         raise Refused(where, f"holds {held}: needed {task.variable}")
     field = dataset[task.variable if task.variable in dataset else fields[0]]
+    for each in dataset.variables.values():
+        for key in ("proj4", "proj4_params", "proj4_string"):
+            if key in each.attrs:
+                _check_proj(str(each.attrs[key]), f"{where}.{key}")
     axes = axes_of(field)
     field = field.squeeze([dim for dim in field.dims if dim not in axes], drop=True).transpose(*axes)
     if "units" not in field.attrs and task.units != "1":
@@ -289,14 +301,24 @@ def _place(
         steps = np.diff(axis)
         if not np.isfinite(axis).all() or (steps == 0).any() or np.ptp(steps) > 0.01 * abs(steps.mean()):
             raise Refused(f"{where}.{name}", "has unequal steps: needed centres at equal distances")
+    _check_proj(proj, f"{where}.proj")
     try:
         proj, unit = in_metres(proj)
     except Exception as error:  # pyproj raises its own
         raise Refused(f"{where}.proj", f"is {proj!r:.80}: needed a PROJ string of a projection") from error
     if unit != 1.0:
         raise Refused(f"{where}.proj", "is not in metres: needed one with +units=m")
-    axes = {name: windows.offsets(name, axis - axis[0], metres=True) for name, axis in (("y", y), ("x", x))}
-    return xr.Dataset(coords={**axes, **windows.origins(y[:1], x[:1], [proj])})
+    axes = {name: series.offsets(name, axis - axis[0], metres=True) for name, axis in (("y", y), ("x", x))}
+    return xr.Dataset(coords={**axes, **series.origins(y[:1], x[:1], [proj])})
+
+
+def _check_proj(proj: str, where: str) -> None:
+    """PROJ opens what files a string names, and understands other things than strings of parameters."""
+    keys = {part.partition("=")[0] for part in proj.split()}
+    unknown_keys = sorted(key for key in keys if key.removeprefix("+") not in PROJ_KEYS)
+    if unknown_keys or not keys:
+        found = f"{unknown_keys[0]!r:.40}" if unknown_keys else "nothing"
+        raise Refused(where, f"has {found}: needed a PROJ string of +proj and its parameters")
 
 
 def _enso_place(grid: tuple[int, int]) -> xr.Dataset:

@@ -10,7 +10,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from pipelines.serving.contexts import Refused
-from pipelines.serving.service import Overloaded, Unknown, WithoutResult
+from pipelines.serving.service import Overloaded, Service, Unknown, WithoutResult
 
 OPEN = ("/", "/healthz", "/readyz", "/docs", "/openapi.json")
 """Paths that need no token: they tell nothing of any forecast."""
@@ -19,13 +19,20 @@ OPEN = ("/", "/healthz", "/readyz", "/docs", "/openapi.json")
 class Door:
     """Lets in who has the token, with no more than is allowed; ASGI, so that nothing is read before."""
 
-    def __init__(self, app: ASGIApp, token: str | None, most_bytes: int) -> None:
-        self.app, self.token, self.most = app, token, most_bytes
+    def __init__(self, app: ASGIApp, service: Service, token: str | None, most_bytes: int) -> None:
+        self.app, self.service, self.token, self.most = app, service, token, most_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
+        self.service.answering += 1
+        try:
+            await self._admit(scope, receive, send)
+        finally:
+            self.service.answering -= 1
+
+    async def _admit(self, scope: Scope, receive: Receive, send: Send) -> None:
         headers = {name.lower(): value for name, value in scope["headers"]}
         if self.token and scope["path"] not in OPEN:
             given = headers.get(b"authorization", b"")

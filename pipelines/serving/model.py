@@ -1,6 +1,6 @@
 """What a service forecasts with and from, and whether what is asked of it fits."""
 
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 
 from pipelines import configs, plans, runs
 from pipelines.archives import store
@@ -96,6 +96,16 @@ class Model:
             bound = context.samples.bind(events)
         job = Job(bound, Levels.of(self.task), ensemble.quantiles, ensemble.keep_members, drawing)
         return Forecast(number, asked, context, job, ensemble, chunk)
+
+    def identity(self, asked: Referenced | Inline) -> str:
+        """Of the model and of a context's archive: what beside the request decides a member's values."""
+        archive = self.archives.get(asked.archive) if isinstance(asked, Referenced) else None
+        decides = {
+            "run": self.run.hash,
+            "drawing": {**asdict(self.guiding), "alignment": None},
+            "archive": archive.config_hash if archive is not None else None,
+        }
+        return store.config_hash(decides)
 
     def context(self, asked: Referenced | Inline) -> Context:
         """The context that is asked for.

@@ -36,6 +36,7 @@ AHEAD = 2
 Replicas draw first what came first, so that forecasts with as many chunks under way share them fairly.
 """
 WITH_RESULT = ("complete", "partial")
+LATE = "the deadline has passed"
 STOPPED = "the service was stopped before it was finished"
 CHECKPOINT_SECONDS = 2.0
 SWEEP_SECONDS = 60.0
@@ -61,10 +62,7 @@ class Unknown(Exception):
 
 
 class WithoutResult(Exception):
-    """A forecast has no result (yet)."""
-
-    def __init__(self, status: str) -> None:
-        super().__init__(f"is {status}: needed a forecast that is complete or partial")
+    """A forecast has no result, or none yet, or one that cannot be had again."""
 
 
 class Service:
@@ -79,6 +77,8 @@ class Service:
         self.results = Results(settings.results, settings.keep_hours)
         self.metrics = Metrics()
         self.draining = False
+        self.answering = 0
+        """HTTP requests that have yet to be answered."""
         self._replicas = Replicas(sampler, self.metrics)
         self._running: dict[str, Forecast] = {}
         self._unkept: dict[str, dict[str, Any]] = {}
@@ -127,12 +127,14 @@ class Service:
         try:
             asked = ForecastRequest.model_validate(request["asked"])
             forecast = await asyncio.to_thread(self.model.forecast, number, asked, int(request["chunk"]))
-        except (ValueError, InputError) as error:
-            lost = {"id": number, "status": "failed", "error": f"{STOPPED}: {error}"}
+        except Exception as problem:
+            # One that cannot be gone on with is no reason not to start.
+            log.exception("forecast %s could not be resumed", number)
+            lost = {"id": number, "status": "failed", "error": f"{STOPPED}: {_said(problem)}"}
             await asyncio.to_thread(self.results.end, number, lost)
             return
-        if request["attached"] or request["run_hash"] != self.model.run.hash:
-            # Whoever waited for it has gone, or another model would finish it.
+        if request["attached"] or request["identity"] != self.model.identity(asked.context):
+            # Whoever waited for it has gone, or another model or context would finish it.
             await self._end(forecast, "failed", STOPPED)
             return
         found = await asyncio.to_thread(self.results.progress, number)
@@ -162,7 +164,7 @@ class Service:
             "created": forecast.timings["created"],
             "attached": attached,
             "chunk": forecast.chunk,
-            "run_hash": self.model.run.hash,
+            "identity": self.model.identity(asked.context),
         }
         try:
             await asyncio.to_thread(self.results.accept, forecast.id, request)
@@ -241,17 +243,39 @@ class Service:
         if forecast is not None:
             async with forecast.lock:
                 return await asyncio.to_thread(keeping.so_far, forecast, self.model)
+        await self.finished(number)
+        return await self.stored(number)
+
+    async def finished(self, number: str) -> dict[str, Any]:
+        """How a forecast ended that has a result.
+
+        Raises:
+            Unknown: there is none of this id, or no more.
+            WithoutResult: it has none, or none yet.
+        """
         status = await self.status(number)
         if status["status"] not in WITH_RESULT:
-            raise WithoutResult(status["status"])
+            raise WithoutResult(f"is {status['status']}: needed a forecast that is complete or partial")
+        return status
+
+    async def stored(self, number: str) -> xr.Dataset:
+        """The result of a finished forecast, without the dimension of windows; read lazily."""
         found = await asyncio.to_thread(store.open_store, self.results.store(number))
         return found.isel(window=0)
 
     async def redrawn(self, number: str, member: int) -> np.ndarray:
-        """A member (T, H, W) drawn again by its seed, with those it was drawn with: the same to the bit."""
+        """A member (T, H, W) drawn again by its seed, with those it was drawn with: the same to the bit.
+
+        Raises:
+            WithoutResult: the service has another model now, or another archive of this name.
+        """
         request = await asyncio.to_thread(self.results.request, number)
         assert request is not None
         asked = ForecastRequest.model_validate({**request["asked"], "keep_members": True})
+        if request["identity"] != self.model.identity(asked.context):
+            raise WithoutResult(
+                "was made by another model or archive than is served now: its members are gone"
+            )
         forecast = await asyncio.to_thread(self.model.forecast, number, asked, int(request["chunk"]))
         some = member // forecast.chunk
         job, known = await self._replicas.prepared(forecast.context.pixels, forecast.job)
@@ -283,7 +307,7 @@ class Service:
             outcome, error = "complete", ""
         except TimeoutError:
             some = forecast.tally.reduction.n > 0
-            outcome, error = ("partial" if some else "failed"), "the deadline has passed"
+            outcome, error = ("partial" if some else "failed"), LATE
         except asyncio.CancelledError:
             outcome, error = "cancelled", "it was cancelled"
             if forecast.stopped:
@@ -355,9 +379,10 @@ class Service:
         except Exception as problem:
             # The disk is full, the store is gone: the client is told, and after a restart it is tried again.
             log.exception("forecast %s could not be kept", forecast.id)
-            forecast.error, forecast.status = _said(problem), "failed"
+            outcome = "failed"
+            forecast.error, forecast.status = _said(problem), outcome
             self._unkept[forecast.id] = await self._live(forecast)
-        self.metrics.ended.labels(forecast.status).inc()
+        self.metrics.ended.labels(outcome).inc()
         self._running.pop(forecast.id, None)
         forecast.notify()
 
@@ -368,12 +393,15 @@ class Service:
 
 async def _whole(work: Awaitable[None]) -> None:
     """Wait for the end of some work even when cancelled meanwhile."""
-    done = asyncio.ensure_future(work)
-    try:
-        await asyncio.shield(done)
-    except asyncio.CancelledError:
-        await done
-        raise
+    done, cancelled = asyncio.ensure_future(work), False
+    while not done.done():
+        try:
+            await asyncio.shield(done)
+        except asyncio.CancelledError:
+            cancelled = True
+    done.result()
+    if cancelled:
+        raise asyncio.CancelledError
 
 
 def _said(problem: BaseException) -> str:

@@ -63,7 +63,7 @@ def status(forecast: Forecast, model: Model) -> dict[str, Any]:
 
 def probabilities(forecast: Forecast) -> list[dict[str, Any]]:
     """Of each event: its probability, or of a field its highest one and where, with intervals."""
-    found = forecast.tally.reduction.result()
+    found = forecast.tally.reduction.probabilities()
     bound, said, numbers = forecast.job.bound, [], {"": 0, "regional_": 0}
     for event in bound.events:
         prefix = "regional_" if event.scalar else ""

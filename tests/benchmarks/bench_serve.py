@@ -28,7 +28,7 @@ import psutil
 import torch
 
 from earthformer.forecasters import drawn, prepared
-from pipelines import plans, runs, windows
+from pipelines import plans, runs, series, windows
 from pipelines.archives.store import open_archive
 from pipelines.forecast_store import member_seeds
 from pipelines.plans import Drawing
@@ -59,7 +59,7 @@ def bare(arguments: argparse.Namespace) -> None:
     print(time.perf_counter() - began, flush=True)
 
 
-def _key(arguments: argparse.Namespace) -> windows.Window:
+def _key(arguments: argparse.Namespace) -> series.Window:
     task = runs.open_run(arguments.run).config.task
     return windows.enumerate_windows(task, open_archive(arguments.archive), "test")[0]
 

@@ -126,6 +126,17 @@ def test_a_member_drawn_again_is_the_one_that_was_kept_to_the_bit(served, http, 
         assert int(again["seed"]) == int(there["seed"]) == kept["seeds"][k]
 
 
+def test_a_member_of_another_model_is_not_drawn_again(served, http):
+    number = wait(http, **served.request())["id"]
+    path = served.results / number / "request.json"
+    request = json.loads(path.read_text())
+    path.write_text(json.dumps(request | {"identity": "another"}))
+    answer = http.get(f"/v1/forecasts/{number}/members/0")
+    assert answer.status_code == 409
+    assert "was made by another model" in answer.json()["detail"][0]["msg"]
+    assert http.get(f"/v1/forecasts/{number}/mean").status_code == 200
+
+
 def test_the_zarr_opens_with_xarray_and_its_checksums_match(served, http, kept, tmp_path):
     path = tmp_path / "result.zip"
     path.write_bytes(http.get(f"/v1/forecasts/{kept['id']}/result", params={"format": "zarr"}).content)

@@ -120,6 +120,14 @@ ASKED = [
     ("units", {"context": npy(PIXELS, units="mm/h")}, "context.units", "do not fit vil: needed 1"),
     ("no projection", {"context": npy(PIXELS, proj=None)}, "context.proj", "is missing"),
     ("projection", {"context": npy(PIXELS, proj="+proj=nonsense")}, "context.proj", "needed a PROJ string"),
+    (
+        "a grid file",
+        {"context": npy(PIXELS, proj=PROJ + " +nadgrids=/etc/passwd")},
+        "context.proj",
+        r"has '\+nadgrids'",
+    ),
+    ("an init file", {"context": npy(PIXELS, proj="+init=/etc/passwd:x")}, "context.proj", r"has '\+init'"),
+    ("EPSG", {"context": npy(PIXELS, proj="EPSG:28992")}, "context.proj", "needed a PROJ string"),
     ("times", {"context": npy(PIXELS, times=TIMES[:2])}, "context.times", "are 2: needed one of each of 3"),
     ("no times", {"context": npy(PIXELS, times=["noon"] * 3)}, "context.times", "are no times"),
     (
@@ -160,6 +168,11 @@ def test_what_does_not_fit_is_refused_by_name(what, more, field, message, served
         ("dtype", lambda p: zipped(p, dataset(PIXELS.astype(float))), "has dtype float64"),
         ("no projection", lambda p: zipped(p, dataset(proj=None)), "grid_mapping 'crs' is absent"),
         ("units", lambda p: zipped(p, dataset(units="K")), "units 'K' do not fit vil"),
+        (
+            "a grid file",
+            lambda p: zipped(p, dataset(proj=PROJ + " +nadgrids=/etc/passwd")),
+            r"has '\+nadgrids'",
+        ),
         (
             "pickles",
             lambda p: zipped(p, dataset(), lambda t: t.replace(b'"zstd"', b'"pickle"')),
