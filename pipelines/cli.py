@@ -289,9 +289,9 @@ def serve_(
     if dry_run:
         console.print_json(settings.model_dump_json())
         return
-    gateway = serve.run(settings, host, port)
+    running = serve.run(settings, host, port)
     console.print(f"http://{host}:{port}: serving {settings.run}; the API is at /docs", soft_wrap=True)
-    serve.until_stopped(settings, gateway)
+    running.until_stopped()
 
 
 @app.command()

@@ -9,6 +9,8 @@ import os
 import signal
 import sys
 import threading
+from dataclasses import dataclass
+from types import FrameType
 from typing import Any
 
 from fastapi import FastAPI
@@ -51,7 +53,7 @@ class Gateway:
             if self.service.answering == 0:
                 break
             await asyncio.sleep(0.1)
-        # Serve ends its proxy at once, whatever that has yet to pass on.
+        # What is answered has yet to be passed on by the proxy, which may end before.
         await asyncio.sleep(PROXY_SECONDS)
 
 
@@ -94,7 +96,23 @@ def application(settings: Settings) -> Application:
     return built
 
 
-def run(settings: Settings, host: str, port: int) -> DeploymentHandle:
+@dataclass(frozen=True)
+class Running:
+    """A service on this process's cluster."""
+
+    settings: Settings
+    gateway: DeploymentHandle
+    stopping: threading.Event
+
+    def until_stopped(self) -> None:
+        """Wait for SIGTERM or SIGINT; then let what is under way end, and stop."""
+        self.stopping.wait()
+        self.gateway.drain.remote().result(timeout_s=self.settings.drain_seconds + 20)
+        # Not all of Serve: on a cluster others may have applications, and alone it ends with this process.
+        serve.delete(NAME)
+
+
+def run(settings: Settings, host: str, port: int) -> Running:
     """Start the service on this process's cluster; returns when it answers.
 
     Raises:
@@ -109,16 +127,22 @@ def run(settings: Settings, host: str, port: int) -> DeploymentHandle:
     # Ray has its workers give way to all else; of ours only the replicas of the model shall.
     os.environ.setdefault("RAY_worker_niceness", "0")
     engine.connect(settings.replicas)
+    # After Ray's own handlers, and before anybody can ask for anything.
+    stopping = _signalled()
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     serve.start(http_options={"host": host, "port": port})
-    return serve.run(application(settings), name=NAME, route_prefix="/")
+    gateway = serve.run(application(settings), name=NAME, route_prefix="/")
+    return Running(settings, gateway, stopping)
 
 
-def until_stopped(settings: Settings, gateway: DeploymentHandle) -> None:
-    """Wait for SIGTERM or SIGINT; then let what is under way end, and stop."""
-    stopped = threading.Event()
+def _signalled() -> threading.Event:
+    """An event that SIGTERM and SIGINT set; a second one ends the process at once."""
+    found = threading.Event()
+
+    def heard(number: int, _: FrameType | None) -> None:
+        found.set()
+        signal.signal(number, signal.SIG_DFL)
+
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stopped.set())
-    stopped.wait()
-    gateway.drain.remote().result(timeout_s=settings.drain_seconds + 20)
-    serve.shutdown()
+        signal.signal(number, heard)
+    return found

@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_archive import built
 
-from pipelines import windows
+from pipelines import series, windows
 from pipelines.archives import enso, radar, sevir, store, synthetic
 from pipelines.archives.store import Archive
 from pipelines.errors import InputError
@@ -172,7 +172,7 @@ def test_enso_windows_and_labels_are_the_published_ones(tmp_path, parity):
     months, height, width, models = fixture["sst_in"].shape
     names = [f"CMIP6-{n:02d}" for n in range(models)] + ["CMIP5-00", "CMIP5-01"]
     sst = np.full((len(names), months, height, 72), 99.0, np.float32)
-    sst[:models, :, :, windows.ENSO_LONGITUDES.start :][..., :width] = fixture["sst_in"].transpose(3, 0, 1, 2)
+    sst[:models, :, :, series.ENSO_LONGITUDES.start :][..., :width] = fixture["sst_in"].transpose(3, 0, 1, 2)
     nino = np.zeros((len(names), months), np.float32)
     nino[:models] = fixture["nino_in"].T
     root = xr.Dataset(

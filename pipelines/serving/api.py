@@ -69,7 +69,8 @@ def build(service: Service) -> FastAPI:
     return app
 
 
-def _service(request: Request) -> Service:
+async def _service(request: Request) -> Service:
+    # Asynchronous, though it waits for nothing: FastAPI calls what is not in a thread, at every request.
     service: Service = request.app.state.service
     return service
 
@@ -173,7 +174,7 @@ async def cancel(id: str, service: Behind) -> Response:
     return Response(status_code=204)
 
 
-def _as_png(
+async def _as_png(
     format: Annotated[
         Literal["netcdf", "png"] | None, Query(description="Default: as accepted, else NetCDF.")
     ] = None,
