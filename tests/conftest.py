@@ -1,5 +1,6 @@
 """Fixtures shared by the whole suite: one Ray cluster, and the folder of parity numbers and real data."""
 
+import contextlib
 import os
 from pathlib import Path
 
@@ -41,6 +42,33 @@ def ray_cluster():
     ray.shutdown()
 
 
+@contextlib.contextmanager
+def replicas_in_process():
+    """Shards are made in this process, where none is at stake: a replica takes ten seconds to start."""
+    import torch
+
+    from pipelines import engine
+
+    threads, processors = torch.get_num_threads(), engine.cores()
+
+    def replicate(replica, arguments, shards, label, workers, gpu, progress=True):
+        # As many threads as a replica has, for the same last digits.
+        made = replica(**arguments, threads=max(1, processors // workers), device="cpu")
+        return [made({"shard": shard}) for shard in shards]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine, "replicate", replicate)
+        yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def in_process():
+    """As `replicas_in_process`."""
+    with replicas_in_process():
+        yield
+
+
 @pytest.fixture(scope="session")
 def ensemble_archive(tmp_path_factory, ray_cluster) -> str:
     """URL of an archive of ten synthetic events, 48 × 48 pixels."""
@@ -59,8 +87,8 @@ def ensemble_runs(tmp_path_factory, ensemble_archive) -> dict[str, str]:
     from tiny_prediff import trained
 
     folder, archive = tmp_path_factory.mktemp("trainings"), ensemble_archive
-    autoencoder = trained("autoencoder", archive, str(folder / "autoencoder"))
-    on_it = {
-        name: trained(name, archive, str(folder / name), autoencoder) for name in ("denoiser", "alignment")
-    }
-    return {"autoencoder": autoencoder, **on_it}
+    found = {"autoencoder": trained("autoencoder", archive, str(folder / "autoencoder"))}
+    with replicas_in_process():
+        for name in ("denoiser", "alignment"):
+            found[name] = trained(name, archive, str(folder / name), found["autoencoder"])
+    return found

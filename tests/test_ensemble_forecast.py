@@ -93,6 +93,7 @@ def test_members_are_the_forecasters_own(kept, trainings, archive):
     np.testing.assert_allclose(torch.cat(parts).numpy(), stored, rtol=1e-3, atol=1e-2)
 
 
+@pytest.mark.usefixtures("in_process")
 def test_a_member_is_the_same_whatever_it_is_made_with(kept, trainings, archive, tmp_path):
     whole = xr.open_zarr(kept)["vil"].values
     forecast(
@@ -114,6 +115,7 @@ def test_two_replicas_make_the_same_ensemble_to_the_bit(trainings, archive, tmp_
     xr.testing.assert_identical(one, other)
 
 
+@pytest.mark.usefixtures("in_process")
 def test_a_forecast_cut_short_goes_on_with_the_same_members(kept, trainings, archive, tmp_path):
     url = str(tmp_path / "cut.zarr")
     asked = planned(trainings, archive, quantiles=(0.1, 0.5))
@@ -135,6 +137,7 @@ def test_a_forecast_cut_short_goes_on_with_the_same_members(kept, trainings, arc
     np.testing.assert_array_equal(xr.open_zarr(url)["vil"].values, xr.open_zarr(kept)["vil"].values)
 
 
+@pytest.mark.usefixtures("in_process")
 def test_members_are_written_only_when_asked(kept, trainings, archive, tmp_path):
     url = str(tmp_path / "reduced.zarr")
     forecast(planned(trainings, archive, keep=False), url, batch_size=4, progress=False)
@@ -144,6 +147,7 @@ def test_members_are_written_only_when_asked(kept, trainings, archive, tmp_path)
         np.testing.assert_array_equal(found[name].values, whole[name].values)
 
 
+@pytest.mark.usefixtures("in_process")
 def test_members_are_drawn_until_the_intervals_are_narrow(trainings, archive, tmp_path):
     def drawn(until, events, batch_size=4):
         asked = Ensemble(members=40, until_ci=until, events=events)
@@ -164,6 +168,7 @@ def test_members_are_drawn_until_the_intervals_are_narrow(trainings, archive, tm
     assert drawn(0.01, tuple(never))[0] == 40
 
 
+@pytest.mark.usefixtures("in_process")
 def test_a_guided_forecast_reports_what_was_asked_and_what_came(trainings, archive, tmp_path):
     url = str(tmp_path / "guided.zarr")
     guided = dataclasses.replace(QUICK, alignment=trainings["alignment"], deviations=4.0)
@@ -189,6 +194,7 @@ def test_a_guided_forecast_reports_what_was_asked_and_what_came(trainings, archi
     assert found.attrs["guidance_strength"] == constraint.config.strength
 
 
+@pytest.mark.usefixtures("in_process")
 def test_the_command_that_is_noted_makes_the_same_forecast(trainings, archive, tmp_path):
     asked = Ensemble(members=40, until_ci=0.1, events=EVENTS, quantiles=(0.5,), keep_members=True)
     drawing = Drawing("ddim", 4, "bf16", alignment=trainings["alignment"], deviations=-2.0, strength=7.0)
@@ -209,6 +215,7 @@ def test_the_command_that_is_noted_makes_the_same_forecast(trainings, archive, t
         )
 
 
+@pytest.mark.usefixtures("in_process")
 @pytest.mark.parametrize("name", ["displaced", "steps"])
 def test_other_ensembles_go_the_same_way(name, trainings, archive, tmp_path):
     task = runs.open_run(trainings["denoiser"]).config.task

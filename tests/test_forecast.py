@@ -147,6 +147,7 @@ def test_offsets_do_not_pass_for_projection_coordinates(whole, archive):
     assert {pyproj.CRS(text) for text in projections} == {pyproj.CRS(archive.root["crs"].attrs["proj4"])}
 
 
+@pytest.mark.usefixtures("in_process")
 def test_persistence_is_the_last_frame_of_the_context(tmp_path, folder):
     shutil.copytree(folder / "archive.zarr", tmp_path / "archive.zarr")
     zarr.open_array(str(tmp_path / "archive.zarr"), path="vil")[:, 20, :5] = 255
@@ -168,6 +169,7 @@ def test_persistence_is_the_last_frame_of_the_context(tmp_path, folder):
     assert list(np.flatnonzero(gaps)) == [18, 45 + 18]
 
 
+@pytest.mark.usefixtures("in_process")
 def test_months_are_counted_and_temperatures_are_kelvin(tmp_path, ray_cluster):
     synthetic.write_enso(tmp_path / "raw", seed=1, cmip6=(1, 6), cmip5=(3, 6), soda_years=3)
     prepare("enso", str(tmp_path / "raw"), str(tmp_path / "a.zarr"), progress=False)
@@ -205,6 +207,7 @@ def test_months_are_counted_and_temperatures_are_kelvin(tmp_path, ray_cluster):
     np.testing.assert_allclose(found["sst"].values[1], expected[0, ..., 0].numpy(), rtol=1e-4, atol=1e-3)
 
 
+@pytest.mark.usefixtures("in_process")
 def test_rain_is_forecast_where_the_radar_sees(tmp_path, ray_cluster):
     synthetic.write_radar(tmp_path / "raw", sequences=3, seed=2, size=64, frames=12)
     prepare("radar", str(tmp_path / "raw"), str(tmp_path / "a.zarr"), progress=False)
@@ -231,12 +234,17 @@ def test_rain_is_forecast_where_the_radar_sees(tmp_path, ray_cluster):
 # ---------------------------------------------------------------------------------- the same in any way
 
 
-@pytest.mark.parametrize(
-    ("batch_size", "workers", "shard_windows"), [(1, 1, 16), (7, 2, 10), (64, 3, 7), (5, 1, 90)]
-)
-def test_batches_replicas_and_shards_do_not_matter(
-    tmp_path, planned, whole, batch_size, workers, shard_windows
-):
+@pytest.mark.usefixtures("in_process")
+@pytest.mark.parametrize(("batch_size", "shard_windows"), [(1, 16), (7, 10), (5, 90)])
+def test_batches_and_shards_do_not_matter(tmp_path, planned, whole, batch_size, shard_windows):
+    check_the_same(tmp_path, planned, whole, batch_size, 1, shard_windows)
+
+
+def test_replicas_do_not_matter(tmp_path, planned, whole):
+    check_the_same(tmp_path, planned, whole, 64, 3, 7)
+
+
+def check_the_same(tmp_path, planned, whole, batch_size, workers, shard_windows):
     cut = dataclasses.replace(planned, shard_windows=shard_windows)
     url = str(tmp_path / "f.zarr")
     forecast(cut, url, batch_size=batch_size, workers=workers, progress=False)
@@ -244,6 +252,7 @@ def test_batches_replicas_and_shards_do_not_matter(
     assert store.validate(url) == []
 
 
+@pytest.mark.usefixtures("in_process")
 def test_a_limit_is_the_beginning_of_the_whole(tmp_path, folder, whole):
     few = plan(str(folder / "run"), str(folder / "archive.zarr"), "test", limit=5)
     forecast(few, str(tmp_path / "f.zarr"), progress=False)

@@ -7,10 +7,11 @@ import pytest
 import safetensors.torch
 import tiny_prediff
 import torch
+from conftest import replicas_in_process
 from tiny_prediff import ALONE, begun, config, trained
 
 from earthformer.config import Scaling
-from pipelines import configs, journal, latents, loop, runs, windows
+from pipelines import configs, journal, latents, loop, plans, runs, windows
 from pipelines.archives import store
 from pipelines.errors import InputError
 from pipelines.tasks import Splits
@@ -31,7 +32,8 @@ def autoencoder(ensemble_runs) -> str:
 def denoiser(tmp_path_factory, archive, autoencoder) -> str:
     """A run on stored latents of three versions."""
     run = str(tmp_path_factory.mktemp("denoiser") / "run")
-    return trained("denoiser", archive, run, autoencoder, epochs=2, latent_versions=3)
+    with replicas_in_process():
+        return trained("denoiser", archive, run, autoencoder, epochs=2, latent_versions=3)
 
 
 def test_stored_latents_are_the_windows_turned_and_mirrored(archive, denoiser):
@@ -79,10 +81,12 @@ def test_a_run_on_latents_needs_nothing_but_its_own_folder(archive, denoiser, tm
     moved = shutil.copytree(denoiser, tmp_path / "moved")
     shutil.rmtree(moved / "latents.zarr")
     forecaster = runs.open_run(str(moved)).forecaster()
+    plans.set_up(forecaster, plans.Drawing(steps=2), None)
     context = torch.zeros(1, 3, 48, 48, 1, dtype=torch.uint8)
     assert forecaster.forecast(context, torch.tensor([[1, 2]])).shape == (1, 2, 2, 48, 48, 1)
 
 
+@pytest.mark.usefixtures("in_process")
 def test_a_run_cut_and_resumed_ends_as_one_that_was_not(archive, autoencoder, denoiser, tmp_path):
     run = str(tmp_path / "run")
     asked = config("denoiser", autoencoder, epochs=2, latent_versions=3, checkpoint_steps=1)
@@ -120,6 +124,7 @@ def test_encoding_at_every_step_trains_too(archive, autoencoder, tmp_path):
     assert not (tmp_path / "run" / "latents.zarr").exists()
 
 
+@pytest.mark.usefixtures("in_process")
 def test_the_alignment_network_trains_beside(archive, autoencoder, tmp_path):
     run = trained("alignment", archive, str(tmp_path / "run"), autoencoder)
     constraint = runs.open_run(run).module()
