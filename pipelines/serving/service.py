@@ -81,6 +81,7 @@ class Service:
         """HTTP requests that have yet to be answered."""
         self._replicas = Replicas(sampler, self.metrics)
         self._running: dict[str, Forecast] = {}
+        self._arriving = 0
         self._unkept: dict[str, dict[str, Any]] = {}
         """How those ended that could not be written down."""
         self._turns = asyncio.Semaphore(settings.max_running)
@@ -154,34 +155,37 @@ class Service:
             Overloaded: too many wait already, or the service is about to stop.
         """
         self._check_room()
-        forecast = await asyncio.to_thread(self.model.forecast, new_id(), asked, self.settings.chunk)
-        self._check_room()
-        forecast.attached = attached
-        # Counted from here on, so that no more are let in while this one is written down.
-        self._running[forecast.id] = forecast
-        request = {
-            "asked": asked.model_dump(mode="json"),
-            "created": forecast.timings["created"],
-            "attached": attached,
-            "chunk": forecast.chunk,
-            "identity": self.model.identity(asked.context),
-        }
+        # Counted from here on: of many who come at once no more are looked into than there is room for.
+        self._arriving += 1
         try:
+            forecast = await asyncio.to_thread(self.model.forecast, new_id(), asked, self.settings.chunk)
+            if self.draining:
+                raise Overloaded(self._wait_seconds())
+            forecast.attached = attached
+            request = {
+                "asked": asked.model_dump(mode="json"),
+                "created": forecast.timings["created"],
+                "attached": attached,
+                "chunk": forecast.chunk,
+                "identity": self.model.identity(asked.context),
+            }
             await asyncio.to_thread(self.results.accept, forecast.id, request)
-        except BaseException:
-            del self._running[forecast.id]
-            raise
-        self._begin(forecast)
+            self._begin(forecast)
+        finally:
+            self._arriving -= 1
         return forecast
 
     def _check_room(self) -> None:
         most = self.settings.max_running + self.settings.max_waiting
-        if self.draining or len(self._running) >= most:
+        if self.draining or len(self._running) + self._arriving >= most:
             self.metrics.rejected.inc()
-            turns = max(1, len(self._running) // self.settings.max_running)
-            # Not all at the same time, or they would be turned away again.
-            seconds = self._mean_seconds * turns * random.uniform(1, 2)
-            raise Overloaded(min(600, max(1, math.ceil(seconds))))
+            raise Overloaded(self._wait_seconds())
+
+    def _wait_seconds(self) -> int:
+        turns = max(1, len(self._running) // self.settings.max_running)
+        # Not all at the same time, or they would be turned away again.
+        seconds = self._mean_seconds * turns * random.uniform(1, 2)
+        return min(600, max(1, math.ceil(seconds)))
 
     async def cancel(self, number: str) -> None:
         """End a forecast; nothing happens to one that has ended.
