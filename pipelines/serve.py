@@ -128,14 +128,14 @@ def run(settings: Settings, host: str, port: int) -> Running:
     os.environ.setdefault("RAY_worker_niceness", "0")
     engine.connect(settings.replicas)
     # After Ray's own handlers, and before anybody can ask for anything.
-    stopping = _signalled()
+    stopping = signalled()
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     serve.start(http_options={"host": host, "port": port})
     gateway = serve.run(application(settings), name=NAME, route_prefix="/")
     return Running(settings, gateway, stopping)
 
 
-def _signalled() -> threading.Event:
+def signalled() -> threading.Event:
     """An event that SIGTERM and SIGINT set; a second one ends the process at once."""
     found = threading.Event()
 

@@ -1,6 +1,5 @@
 """Fixtures shared by the whole suite: one Ray cluster, and the folder of parity numbers and real data."""
 
-import contextlib
 import os
 from pathlib import Path
 
@@ -42,31 +41,21 @@ def ray_cluster():
     ray.shutdown()
 
 
-@contextlib.contextmanager
-def replicas_in_process():
-    """Shards are made in this process, where none is at stake: a replica takes ten seconds to start."""
-    import torch
-
-    from pipelines import engine
-
-    threads, processors = torch.get_num_threads(), engine.cores()
-
-    def replicate(replica, arguments, shards, label, workers, gpu, progress=True):
-        # As many threads as a replica has, for the same last digits.
-        made = replica(**arguments, threads=max(1, processors // workers), device="cpu")
-        return [made({"shard": shard}) for shard in shards]
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(engine, "replicate", replicate)
-        yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture
 def in_process():
     """As `replicas_in_process`."""
+    from tiny_replicas import replicas_in_process
+
     with replicas_in_process():
         yield
+
+
+@pytest.fixture(scope="session")
+def showers(tmp_path_factory):
+    """A radar archive: sequences of 16 × 24 pixels on three days."""
+    import tiny_archive
+
+    return tiny_archive.showers(tmp_path_factory.mktemp("showers"))
 
 
 @pytest.fixture(scope="session")
@@ -85,6 +74,7 @@ def ensemble_archive(tmp_path_factory, ray_cluster) -> str:
 def ensemble_runs(tmp_path_factory, ensemble_archive) -> dict[str, str]:
     """URLs of tiny runs on it by trainable: autoencoder, denoiser, alignment."""
     from tiny_prediff import trained
+    from tiny_replicas import replicas_in_process
 
     folder, archive = tmp_path_factory.mktemp("trainings"), ensemble_archive
     found = {"autoencoder": trained("autoencoder", archive, str(folder / "autoencoder"))}

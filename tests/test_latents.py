@@ -7,8 +7,8 @@ import pytest
 import safetensors.torch
 import tiny_prediff
 import torch
-from conftest import replicas_in_process
 from tiny_prediff import ALONE, begun, config, trained
+from tiny_replicas import replicas_in_process
 
 from earthformer.config import Scaling
 from pipelines import configs, journal, latents, loop, plans, runs, windows

@@ -196,14 +196,23 @@ def _check_zip(content: bytes, where: str, most_bytes: int) -> None:
             raise Refused(
                 where, f"has codec {min(known - CODECS)}: needed one of {', '.join(sorted(CODECS))}"
             )
-        shape = each.get("shape")
-        if not isinstance(shape, list) or not all(isinstance(n, int) and n >= 0 for n in shape):
-            raise Refused(where, "has an array without a shape: needed one")
+        inside = each.get("chunk_grid")
+        for key in ("configuration", "chunk_shape"):
+            inside = inside.get(key) if isinstance(inside, dict) else None
         # A chunk is unpacked whole, however little of it the array takes.
-        chunk = ((each.get("chunk_grid") or {}).get("configuration") or {}).get("chunk_shape") or [1]
-        size += 8 * max(math.prod(shape), math.prod(n for n in chunk if isinstance(n, int)))
+        sizes = [_product(each.get("shape")), _product(inside)]
+        if None in sizes:
+            raise Refused(where, "has an array without a shape and chunks: needed both")
+        size += 8 * max(n for n in sizes if n is not None)
     if size > 8 * most_bytes:
         raise Refused(where, f"unpacks to too much: needed {most_bytes} bytes or less")
+
+
+def _product(lengths: Any) -> int | None:
+    """Of a list of whole numbers; None of anything else."""
+    if not isinstance(lengths, list) or not all(isinstance(n, int) and n >= 0 for n in lengths):
+        return None
+    return math.prod(lengths)
 
 
 def _codecs(found: Any) -> set[str]:

@@ -103,6 +103,9 @@ class Service:
     async def stop(self) -> None:
         """Take no more forecasts, let those under way end, and leave what does not for the next start."""
         self.draining = True
+        while self._arriving:
+            # Within moments they are turned away, or under way.
+            await asyncio.sleep(0.05)
         tasks = [f.task for f in self._running.values() if f.task is not None]
         if tasks:
             await asyncio.wait(tasks, timeout=self.settings.drain_seconds)
@@ -134,7 +137,7 @@ class Service:
             lost = {"id": number, "status": "failed", "error": f"{STOPPED}: {_said(problem)}"}
             await asyncio.to_thread(self.results.end, number, lost)
             return
-        if request["attached"] or request["identity"] != self.model.identity(asked.context):
+        if request["attached"] or request.get("identity") != self.model.identity(asked.context):
             # Whoever waited for it has gone, or another model or context would finish it.
             await self._end(forecast, "failed", STOPPED)
             return
@@ -160,7 +163,7 @@ class Service:
         try:
             forecast = await asyncio.to_thread(self.model.forecast, new_id(), asked, self.settings.chunk)
             if self.draining:
-                raise Overloaded(self._wait_seconds())
+                raise self._no_room()
             forecast.attached = attached
             request = {
                 "asked": asked.model_dump(mode="json"),
@@ -178,14 +181,14 @@ class Service:
     def _check_room(self) -> None:
         most = self.settings.max_running + self.settings.max_waiting
         if self.draining or len(self._running) + self._arriving >= most:
-            self.metrics.rejected.inc()
-            raise Overloaded(self._wait_seconds())
+            raise self._no_room()
 
-    def _wait_seconds(self) -> int:
+    def _no_room(self) -> Overloaded:
+        self.metrics.rejected.inc()
         turns = max(1, len(self._running) // self.settings.max_running)
         # Not all at the same time, or they would be turned away again.
         seconds = self._mean_seconds * turns * random.uniform(1, 2)
-        return min(600, max(1, math.ceil(seconds)))
+        return Overloaded(min(600, max(1, math.ceil(seconds))))
 
     async def cancel(self, number: str) -> None:
         """End a forecast; nothing happens to one that has ended.
@@ -276,7 +279,7 @@ class Service:
         request = await asyncio.to_thread(self.results.request, number)
         assert request is not None
         asked = ForecastRequest.model_validate({**request["asked"], "keep_members": True})
-        if request["identity"] != self.model.identity(asked.context):
+        if request.get("identity") != self.model.identity(asked.context):
             raise WithoutResult(
                 "was made by another model or archive than is served now: its members are gone"
             )

@@ -40,6 +40,10 @@ def zipped(tmp_path, dataset, change=None):
     return {"zarr_zip": base64.b64encode(Path(packed).read_bytes()).decode()}
 
 
+def chunks(metadata, shape):
+    return re.sub(rb'"chunk_shape":\s*\[[^]]*\]', b'"chunk_shape": ' + shape, metadata)
+
+
 def dataset(pixels=PIXELS, times=TIMES, proj=PROJ, **attrs):
     return xr.Dataset(
         {"vil": (("time", "y", "x"), pixels, {"units": "1", "grid_mapping": "crs", **attrs})}
@@ -183,6 +187,12 @@ def test_what_does_not_fit_is_refused_by_name(what, more, field, message, served
             lambda p: zipped(p, dataset(), lambda t: t.replace(b"48", b"480000")),
             "unpacks to too much",
         ),
+        (
+            "a bomb in one chunk",
+            lambda p: zipped(p, dataset(), lambda t: chunks(t, b"[1000000000, 48, 48]")),
+            "unpacks to too much",
+        ),
+        ("chunks", lambda p: zipped(p, dataset(), lambda t: chunks(t, b"5")), "without a shape and chunks"),
         ("cut off", lambda p: {"zarr_zip": zipped(p, dataset())["zarr_zip"][:2000]}, "is no zip"),
         ("said twice", lambda p: {**zipped(p, dataset()), "units": "1"}, "says it itself"),
     ],

@@ -103,6 +103,20 @@ def test_at_shutdown_what_is_under_way_ends_and_nothing_else_begins(started):
     assert "Traceback" not in said, said
 
 
+def test_a_second_signal_ends_what_a_first_one_asks_to_stop():
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        stopping = serve.signalled()
+        assert not stopping.is_set()
+        signal.raise_signal(signal.SIGINT)
+        assert stopping.is_set()
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_DFL
+        assert signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def test_it_is_open_to_others_only_with_a_token(ensemble_runs, capsys, monkeypatch, tmp_path):
     (tmp_path / "token").write_text("short\n")
     for words, message in (
