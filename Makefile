@@ -89,7 +89,7 @@ test: .venv/installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy --strict earthformer
-	$(BIN)/mypy pipelines
+	$(BIN)/mypy pipelines cluster
 	$(BIN)/pytest
 
 bench: .venv/installed-test

@@ -3,7 +3,7 @@
 import json
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Annotated, Any
 
@@ -25,16 +25,20 @@ errors = Console(stderr=True)
 
 Workers = Annotated[int | None, typer.Option(help="Parallel workers; default: one a processor.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and do nothing.")]
-ConfigFile = Annotated[str | None, typer.Option("--config", help="YAML or JSON laid over the preset.")]
+ConfigFile = Annotated[
+    str | None, typer.Option("--config", metavar="FILE", help="YAML or JSON laid over the preset.")
+]
 Assignments = Annotated[list[str] | None, typer.Option("--set", help="section.key=value, repeatable.")]
-Archive = Annotated[str, typer.Option(help="URL of the prepared archive.")]
-Forecasts = Annotated[list[str], typer.Option("--forecast", help="URL of a forecast; repeat to compare.")]
+Archive = Annotated[str, typer.Option(metavar="URL", help="Of the prepared archive.")]
+Forecasts = Annotated[
+    list[str], typer.Option("--forecast", metavar="URL", help="Of a forecast; repeat to compare.")
+]
 
 
 @app.command()
 def synthesize(
     kind: Annotated[str, typer.Argument(help="sevir, enso or radar")],
-    out: Annotated[str, typer.Option(help="Folder for the raw files.")],
+    out: Annotated[str, typer.Option(metavar="URL", help="Folder for the raw files.")],
     events: Annotated[int, typer.Option(help="SEVIR events, or radar sequences.")] = 24,
     seed: int = 0,
     modalities: Annotated[str, typer.Option(help="SEVIR: comma-separated image types.")] = "vil",
@@ -56,8 +60,8 @@ def synthesize(
 @app.command()
 def prepare(
     kind: Annotated[str, typer.Argument(help="sevir, sevir-lr, enso or radar")],
-    source: Annotated[str, typer.Option(help="URL of the raw archive.")],
-    archive: Annotated[str, typer.Option(help="URL of the Zarr archive to write.")],
+    source: Annotated[str, typer.Option(metavar="URL", help="Of the raw archive.")],
+    archive: Annotated[str, typer.Option(metavar="URL", help="Of the Zarr archive to write.")],
     modalities: Annotated[str, typer.Option(help="SEVIR: comma-separated image types.")] = "vil",
     variable: Annotated[
         str | None, typer.Option(help="Radar: name of the rain rate in files of other layouts.")
@@ -110,11 +114,12 @@ def _print_quarantine(rows: Sequence[dict[str, str]], most: int | None = 20) -> 
 def train(
     trainable: Annotated[str, typer.Argument(help="earthformer, autoencoder, denoiser or alignment")],
     archive: Archive,
-    run: Annotated[str, typer.Option(help="URL of the run directory.")],
+    run: Annotated[str, typer.Option(metavar="URL", help="Of the run directory.")],
     task: Annotated[str, typer.Option(help="sevir, sevir-lr, enso, radar or radar-256")],
     preset: Annotated[str | None, typer.Option(help="Model preset; default: the task's.")] = None,
     autoencoder: Annotated[
-        str | None, typer.Option(help="Denoiser, alignment: URL of the autoencoder's finished run.")
+        str | None,
+        typer.Option(metavar="URL", help="Denoiser, alignment: of the autoencoder's finished run."),
     ] = None,
     config: ConfigFile = None,
     assignments: Assignments = None,
@@ -140,8 +145,10 @@ def train(
 @app.command()
 def forecast(
     archive: Archive,
-    out: Annotated[str, typer.Option(help="URL of the forecast Zarr to write.")],
-    run: Annotated[str | None, typer.Option(help="URL of a finished earthformer or denoiser run.")] = None,
+    out: Annotated[str, typer.Option(metavar="URL", help="Of the forecast Zarr to write.")],
+    run: Annotated[
+        str | None, typer.Option(metavar="URL", help="Of a finished earthformer or denoiser run.")
+    ] = None,
     forecaster: Annotated[
         str | None,
         typer.Option(help="A baseline instead of a run: persistence, extrapolation, displaced or steps."),
@@ -154,7 +161,9 @@ def forecast(
     every: Annotated[int, typer.Option(help="Only each so many-th window.")] = 1,
     seed: int = 0,
     members: Annotated[int, typer.Option(help="Members of the ensemble.")] = 1,
-    events: Annotated[str | None, typer.Option(help="YAML list of events to give probabilities of.")] = None,
+    events: Annotated[
+        str | None, typer.Option(metavar="FILE", help="YAML list of events to give probabilities of.")
+    ] = None,
     quantiles: Annotated[str, typer.Option(help="Comma-separated, such as 0.1,0.5,0.9.")] = "",
     keep_members: Annotated[
         bool, typer.Option("--keep-members", help="Write the members, which `score` needs.")
@@ -169,7 +178,8 @@ def forecast(
     bf16: Annotated[bool, typer.Option("--bf16", help="Diffusion: the denoiser in bfloat16.")] = False,
     compiled: Annotated[bool, typer.Option("--compile", help="Diffusion: compile the denoiser.")] = False,
     alignment: Annotated[
-        str | None, typer.Option(help="Diffusion: run of an alignment network, to guide the forecast.")
+        str | None,
+        typer.Option(metavar="URL", help="Diffusion: run of an alignment network, to guide the forecast."),
     ] = None,
     deviations: Annotated[
         float, typer.Option(help="With --alignment: n of the functional's mu + n sigma that is asked for.")
@@ -244,17 +254,22 @@ def forecast(
 
 @app.command("serve")
 def serve_(
-    run: Annotated[str | None, typer.Option(help="URL of a finished denoiser run.")] = None,
+    run: Annotated[str | None, typer.Option(metavar="URL", help="Of a finished denoiser run.")] = None,
     archive: Annotated[
         list[str] | None,
-        typer.Option(help="NAME=URL, or a URL, of an archive to take contexts from; repeat for more."),
+        typer.Option(
+            metavar="URL", help="NAME=URL, or a URL, of an archive to take contexts from; repeat for more."
+        ),
     ] = None,
     alignment: Annotated[
-        str | None, typer.Option(help="URL of an alignment network's run, for guided forecasts.")
+        str | None, typer.Option(metavar="URL", help="Of an alignment network's run, for guided forecasts.")
     ] = None,
-    results: Annotated[str | None, typer.Option(help="URL of the folder where forecasts are kept.")] = None,
+    results: Annotated[
+        str | None, typer.Option(metavar="URL", help="Of the folder where forecasts are kept.")
+    ] = None,
     config: Annotated[
-        str | None, typer.Option(help="YAML or JSON of all settings, over which these options lie.")
+        str | None,
+        typer.Option(metavar="FILE", help="YAML or JSON of all settings, over which these options lie."),
     ] = None,
     assignments: Annotated[
         list[str] | None, typer.Option("--set", help="setting=value, repeatable; such as max_members=500.")
@@ -266,7 +281,7 @@ def serve_(
     chunk: Annotated[int | None, typer.Option(help="Members that a replica draws at once.")] = None,
     host: Annotated[str, typer.Option(help="Other than loopback only with --token-file.")] = "127.0.0.1",
     port: int = 8000,
-    token_file: Annotated[str | None, typer.Option(help="File of the bearer token.")] = None,
+    token_file: Annotated[str | None, typer.Option(metavar="FILE", help="Of the bearer token.")] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the resolved settings, and do nothing.")
     ] = False,
@@ -309,7 +324,9 @@ def request(
     until_ci: Annotated[
         float | None, typer.Option(help="Draw until no event's interval has a larger half-width.")
     ] = None,
-    events: Annotated[str | None, typer.Option(help="YAML list of events to give probabilities of.")] = None,
+    events: Annotated[
+        str | None, typer.Option(metavar="FILE", help="YAML list of events to give probabilities of.")
+    ] = None,
     at: Annotated[
         tuple[float, float] | None,
         typer.Option(help="Longitude and latitude: where events without a region are asked."),
@@ -326,7 +343,7 @@ def request(
     deadline: Annotated[float | None, typer.Option(help="Seconds; what there is by then is kept.")] = None,
     out: Annotated[str | None, typer.Option(help="Path of a NetCDF file to write.")] = None,
     url: Annotated[str, typer.Option(help="Of the service.")] = "http://127.0.0.1:8000",
-    token_file: Annotated[str | None, typer.Option(help="File of the bearer token.")] = None,
+    token_file: Annotated[str | None, typer.Option(metavar="FILE", help="Of the bearer token.")] = None,
 ) -> None:
     """Ask a running service for a forecast, and print the probabilities of its events."""
     import xarray as xr
@@ -383,7 +400,7 @@ def score(
 def report(
     forecasts: Forecasts,
     archive: Archive,
-    out: Annotated[str, typer.Option(help="Path of the HTML page to write.")],
+    out: Annotated[str, typer.Option(metavar="URL", help="Of the HTML page to write.")],
 ) -> None:
     """One self-contained HTML page: score tables, skill against lead time, and forecast frames."""
     from pipelines import sheets
@@ -395,7 +412,7 @@ def report(
 
 
 @app.command()
-def inspect(url: Annotated[str, typer.Argument(help="Archive, run or forecast.")]) -> None:
+def inspect(url: Annotated[str, typer.Argument(metavar="URL", help="Archive, run or forecast.")]) -> None:
     """Print what an archive, run or forecast holds, finished or not."""
     from pipelines import runs
     from pipelines.archives import store
@@ -407,7 +424,7 @@ def inspect(url: Annotated[str, typer.Argument(help="Archive, run or forecast.")
 
 
 @app.command()
-def validate(url: Annotated[str, typer.Argument(help="Archive or forecast.")]) -> None:
+def validate(url: Annotated[str, typer.Argument(metavar="URL", help="Archive or forecast.")]) -> None:
     """Check an archive's or a forecast's completeness and every checksum."""
     from pipelines.archives import store
 
@@ -422,13 +439,13 @@ def validate(url: Annotated[str, typer.Argument(help="Archive or forecast.")]) -
     )
 
 
-def main() -> None:
+def main(command: Callable[[], None] = app) -> None:
     """Run the command; errors at the boundary are one line and exit code 2."""
     warnings.showwarning = lambda message, *_, **__: errors.print(f"warning: {escape(str(message))}")
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=DeprecationWarning)
     try:
-        app()
+        command()
     except InputError as error:
         _fail(str(error))
     except OSError as error:

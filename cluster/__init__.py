@@ -1,0 +1,1 @@
+"""Where it runs: jobs on Ray clusters, manifests, checks of a machine. Nothing below imports it."""
