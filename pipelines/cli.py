@@ -415,10 +415,10 @@ def report(
 def inspect(url: Annotated[str, typer.Argument(metavar="URL", help="Archive, run or forecast.")]) -> None:
     """Print what an archive, run or forecast holds, finished or not."""
     from pipelines import runs
-    from pipelines.archives import store
+    from pipelines.archives import checks, store
 
     run = runs.describe(url)
-    console.print(escape(run or store.describe(url)), highlight=False, soft_wrap=True)
+    console.print(escape(run or checks.describe(url)), highlight=False, soft_wrap=True)
     if not run:
         _print_quarantine(store.quarantined(url), most=None)
 
@@ -426,9 +426,9 @@ def inspect(url: Annotated[str, typer.Argument(metavar="URL", help="Archive, run
 @app.command()
 def validate(url: Annotated[str, typer.Argument(metavar="URL", help="Archive or forecast.")]) -> None:
     """Check an archive's or a forecast's completeness and every checksum."""
-    from pipelines.archives import store
+    from pipelines.archives import checks
 
-    problems = store.validate(url)
+    problems = checks.validate(url)
     if not problems:
         console.print(f"{url}: complete, all checksums match", highlight=False, soft_wrap=True)
         return

@@ -5,6 +5,11 @@ class InputError(Exception):
     """Something at the boundary is wrong: the message names what was found and what was needed."""
 
 
+def one_line(error: Exception) -> str:
+    """What an error says, in one line."""
+    return " ".join(str(error).strip("'\"").split()) or type(error).__name__
+
+
 def boundary_error(error: BaseException | None) -> Exception | None:
     """The boundary error that Ray wrapped on its way from a worker, if there is one."""
     seen: set[int] = set()

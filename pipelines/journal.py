@@ -16,9 +16,8 @@ import torch
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
-from pipelines.archives import filesystem
-from pipelines.archives.store import read_json
 from pipelines.errors import InputError
+from pipelines.storage import filesystem, read_json, write_whole
 
 
 def save_checkpoint(
@@ -163,20 +162,3 @@ def read_checked(url: str, name: str, sha256: str, remedy: str) -> bytes:
     if found != sha256:
         raise InputError(f"{url}/{name} has SHA-256 {found[:16]}, recorded is {sha256[:16]}: {remedy}")
     return content
-
-
-def write_whole(url: str, name: str, content: bytes) -> None:
-    """Write a file so that a reader, or a kill, finds the old one or the new one and never a part.
-
-    Raises:
-        OSError: a full or absent disk, with the file's name.
-    """
-    fs, path = filesystem(url)
-    try:
-        fs.makedirs(path, exist_ok=True)
-        fs.pipe_file(f"{path}/{name}.part", content)
-        fs.mv(f"{path}/{name}.part", f"{path}/{name}")
-    except OSError as error:
-        # A full disk does not say by itself at which file it was full.
-        error.filename = error.filename or f"{path}/{name}"
-        raise

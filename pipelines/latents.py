@@ -19,10 +19,11 @@ import torch
 import xarray as xr
 from torch import Tensor, nn
 
-from pipelines import configs, engine, journal, runs, windows
-from pipelines.archives import filesystem, store
+from pipelines import configs, engine, runs, windows
+from pipelines.archives import store
 from pipelines.archives.store import Archive
 from pipelines.series import Window
+from pipelines.storage import filesystem, write_whole
 from pipelines.windows import READ_WINDOWS
 
 AUTOENCODER = "autoencoder.safetensors"
@@ -52,7 +53,7 @@ def take_autoencoder(run: str, source: runs.Run) -> None:
     kept = ("objective.autoencoder.", "latent_std")
     weights = {n.removeprefix("objective."): t for n, t in source.weights().items() if n.startswith(kept)}
     content = safetensors.torch.save(weights)
-    journal.write_whole(run, AUTOENCODER, content)
+    write_whole(run, AUTOENCODER, content)
 
 
 def load_autoencoder(trainable: nn.Module, run: str) -> None:

@@ -1,6 +1,7 @@
 """Raw archive to sharded Zarr, on Ray Data: one task a shard, records written last, resumable."""
 
 import pickle
+import secrets
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -12,15 +13,16 @@ import ray
 import ray.data
 
 from pipelines import engine
-from pipelines.archives import BrokenFile, Plan, Shard, enso, filesystem, radar, sevir, store
+from pipelines.archives import BrokenFile, Plan, Shard, checks, enso, radar, sevir, store
 from pipelines.errors import InputError
+from pipelines.storage import filesystem
 
 if TYPE_CHECKING:
     from pipelines.tasks import Task
 
 KINDS = ("sevir", "sevir-lr", "enso", "radar")
 MOST_SHARDS = 8
-"""Of a task; a worker that is killed does them again."""
+"""Of a task."""
 _SCRATCH = "memory://earthformer-estimate"
 
 
@@ -45,7 +47,7 @@ class Prepared:
             done = f"{self.written}/{total} shards written, {speed}"
         return (
             f"{self.archive}: {plan.kind}, {plan.frames} frames, configuration "
-            f"{store.config_hash(plan.config)}{store.left_out(plan.dropped)}\n"
+            f"{store.hash_of(plan.config, plan.contents)}{checks.left_out(plan.dropped)}\n"
             f"{plan.series} series, {len(self.quarantine)} quarantined, {done}"
         )
 
@@ -67,14 +69,15 @@ class Estimate:
     def __str__(self) -> str:
         plan, share = self.plan, self.pending / len(self.plan.shards)
         rows = {
-            "series": f"{plan.series} ({plan.frames} frames){store.left_out(plan.dropped)}",
+            "series": f"{plan.series} ({plan.frames} frames){checks.left_out(plan.dropped)}",
             "windows": self.windows,
             "shards": f"{len(plan.shards)}, of which {self.pending} are to be written",
             "read": f"{_size(plan.decoded_bytes * share)} of raw pixels",
             "write": f"{_size(plan.stored_bytes * share)}, about {_size(self.stored_bytes)} compressed",
             "time": f"about {self.seconds:.0f} s by {self.workers} worker(s), once Ray is up",
         }
-        first = f"{self.archive}: would hold {plan.kind}, configuration {store.config_hash(plan.config)}"
+        digest = store.hash_of(plan.config, plan.contents)
+        first = f"{self.archive}: would hold {plan.kind}, configuration {digest}"
         return "\n".join([first, *(f"  {name:<8} {text}" for name, text in rows.items())])
 
 
@@ -117,27 +120,31 @@ def prepare(
     if workers is not None and workers < 1:
         raise InputError(f"{workers} workers: needed 1 or more")
     place = engine.absolute(archive)
-    store.create(place, plan.groups, config=plan.config, shards=len(plan.shards))
-    pending = _pending(place, plan)
-    seconds = 0.0
+    store.create(place, plan.groups, config=plan.config, shards=len(plan.shards), contents=plan.contents)
+    pending, stale = _pending(place, plan)
+    written, seconds = 0, 0.0
     if pending:
         store.reopen(place)
+        for number in stale:
+            store.remove_record(place, number)
         engine.connect(workers)
         _check_memory(memory_mb)
         start = time.perf_counter()
-        _write_all(plan, place, pending, workers, memory_mb, strict, progress)
+        written = _write_all(plan, place, pending, workers, memory_mb, strict, progress)
         seconds = time.perf_counter() - start
-    quarantine = tuple(store.quarantined(place))
+    finished = not pending and store.is_complete(place)
+    done = {} if finished else store.records(place)
+    quarantine = tuple(store.quarantined(place) if finished else store.quarantine_of(done))
     if strict and quarantine:
         raise InputError(_bad_line(quarantine[0]) + ": --strict takes no bad series")
     if len(quarantine) >= plan.series:
         raise InputError(
             _bad_line(quarantine[0]) + f" (and so for all {plan.series} series): nothing was prepared"
         )
-    if pending or not store.is_complete(place):
+    if not finished:
         counts = {"series": plan.series, "frames": plan.frames, "dropped": dict(plan.dropped)}
-        store.complete(place, {"counts": counts, "quarantine": quarantine})
-    return Prepared(archive, plan, len(pending), seconds, quarantine)
+        store.complete(place, {"counts": counts, "quarantine": quarantine}, done)
+    return Prepared(archive, plan, written, seconds, quarantine)
 
 
 def _plan(
@@ -151,12 +158,13 @@ def _plan(
         raise InputError(f"shards of {shard_mb} MB: needed 0 (a series each) or more")
     for url in (source, archive):
         _check_reach(url)
-    place = engine.absolute(source)
+    place, known = engine.absolute(source), tuple(store.series(engine.absolute(archive)))
     if kind == "enso":
-        return enso.plan(place)
+        return enso.plan(place, known=known)
     if kind == "radar":
-        return radar.plan(place, variable=variable, shard_mb=shard_mb)
-    return sevir.plan(place, modalities=modalities, low_resolution=kind == "sevir-lr", shard_mb=shard_mb)
+        return radar.plan(place, variable=variable, shard_mb=shard_mb, known=known)
+    low = kind == "sevir-lr"
+    return sevir.plan(place, modalities=modalities, low_resolution=low, shard_mb=shard_mb, known=known)
 
 
 def _check_reach(url: str) -> None:
@@ -178,14 +186,28 @@ def _check_memory(memory_mb: int | None) -> None:
         raise InputError(f"{memory_mb} MB of memory a worker: needed 1 to {most // 1_000_000}")
 
 
-def _pending(archive: str, plan: Plan) -> list[int]:
-    """Shards without a record; in an unfinished archive also those whose series may have come back."""
+def _pending(archive: str, plan: Plan) -> tuple[list[int], list[int]]:
+    """Shards that are to be written, and those among them whose records are of no use.
+
+    That is of other series than the shard has now, or, in an unfinished archive, with series that could not
+    be read, which may have come back.
+    """
     done, finished = store.records(archive), store.is_complete(archive)
-    return [
+    stale = [
         number
-        for number in range(len(plan.shards))
-        if number not in done or (not finished and done[number].get("quarantine"))
+        for number, record in done.items()
+        if number < len(plan.shards)
+        and (
+            _identity(plan.shards[number]) != record.get("identity")
+            or (record["quarantine"] and not finished)
+        )
     ]
+    pending = sorted({*stale, *(n for n in range(len(plan.shards)) if n not in done)})
+    return pending, stale
+
+
+def _identity(shard: Shard) -> str:
+    return store.config_hash(shard.identity)
 
 
 # -------------------------------------------------------------------------------------------- tasks
@@ -199,36 +221,53 @@ def _write_all(
     memory_mb: int | None,
     strict: bool,
     progress: bool,
-) -> None:
+) -> int:
+    """Have all shards written that are not yet; how many of them by this call."""
     context = ray.data.DataContext.get_current()
     context.execution_options.preserve_order = False
+    # Two commands that run at the same time begin at different places, and so share the work.
+    first = secrets.randbelow(len(pending))
+    order = [*pending[first:], *pending[:first]]
     # A shard travels with its row, and not all of them with the function that every task loads.
     tasks = [
         pa.table({"number": numbers, "shard": [pickle.dumps(plan.shards[n]) for n in numbers]})
-        for numbers in _tasks(pending, workers or int(ray.cluster_resources()["CPU"]))
+        for numbers in _tasks(order, workers or int(ray.cluster_resources()["CPU"]))
     ]
-    written = ray.data.from_arrow(tasks).map(
+    rows = ray.data.from_arrow(tasks).map(
         partial(_write_shard, archive=archive, strict=strict),
         num_cpus=1,
         memory=memory_mb * 1_000_000 if memory_mb else None,
         concurrency=workers,
     )
-    for _ in engine.track(written, len(pending), "prepare: shards", progress):
-        pass
+    return sum(row["written"] for row in engine.track(rows, len(pending), "prepare: shards", progress))
 
 
 def _tasks(pending: Sequence[int], workers: int) -> Iterator[Sequence[int]]:
     """Shards task by task: several at first, since Ray Data looks for free workers ten times a second only,
     and single ones at last, so that all workers end at about the same time."""
-    while pending:
-        size = min(MOST_SHARDS, -(-len(pending) // (2 * workers)))
-        yield pending[:size]
-        pending = pending[size:]
+    first = 0
+    while first < len(pending):
+        size = min(MOST_SHARDS, -(-(len(pending) - first) // (2 * workers)))
+        yield pending[first : first + size]
+        first += size
 
 
 def _write_shard(row: dict[str, Any], archive: str, strict: bool) -> dict[str, Any]:
-    shard: Shard = pickle.loads(row["shard"])
-    regions, bad = shard.decode()
+    written = write_shard(row["number"], pickle.loads(row["shard"]), archive, strict)
+    return {"number": row["number"], "written": written}
+
+
+def write_shard(number: int, shard: Shard, archive: str, strict: bool = False) -> bool:
+    """Write a shard, and the record of it last; False where it is there.
+
+    Raises:
+        InputError: a series cannot be read, and `strict`.
+    """
+    identity = _identity(shard)
+    if store.is_written(archive, number, identity):
+        # By the task that this one is the retry of, or by another command.
+        return False
+    regions, bad, sources = shard.decode()
     quarantine = [{"series": b.series, "file": b.file, "reason": b.reason} for b in bad]
     if strict and bad:
         raise InputError(_bad_line(quarantine[0]) + ": --strict takes no bad series")
@@ -236,8 +275,9 @@ def _write_shard(row: dict[str, Any], archive: str, strict: bool) -> dict[str, A
         store.region_record(r.group, r.region, store.write_region(archive, r.group, r.arrays, r.region))
         for r in regions
     ]
-    store.write_record(archive, row["number"], {"regions": written, "quarantine": quarantine})
-    return {"number": row["number"]}
+    record = {"identity": identity, "regions": written, "quarantine": quarantine, "sources": sources}
+    store.write_record(archive, number, record)
+    return True
 
 
 def _bad_line(row: dict[str, str]) -> str:
@@ -264,8 +304,8 @@ def estimate(
     """
     plan = _plan(kind, source, archive, modalities, variable, shard_mb)
     place = engine.absolute(archive)
-    begun = store.begun(place, plan.config)
-    pending = _pending(place, plan) if begun else range(len(plan.shards))
+    begun = store.begun(place, plan.config, plan.contents)
+    pending = _pending(place, plan)[0] if begun else range(len(plan.shards))
     sample = next((plan.shards[n] for n in pending if not isinstance(plan.shards[n], BrokenFile)), None)
     raw, stored, seconds = _measure(plan, sample) if sample else (1, 0, 0.0)
     scale = plan.stored_bytes * len(pending) / len(plan.shards) / raw
@@ -279,7 +319,7 @@ def _measure(plan: Plan, shard: Shard) -> tuple[int, int, float]:
     """Bytes of a shard before and after compression, and the seconds that it takes."""
     fs, path = filesystem(_SCRATCH)
     start = time.perf_counter()
-    regions, _ = shard.decode()
+    regions = shard.decode().regions
     seconds = time.perf_counter() - start
     try:
         groups = {region.group: plan.groups[region.group] for region in regions}

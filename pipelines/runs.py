@@ -20,10 +20,9 @@ from torch import Tensor, nn
 
 from earthformer.forecasters import EarthformerForecaster, Forecaster, Persistence, Trainable
 from pipelines import configs, journal
-from pipelines.archives import filesystem
-from pipelines.archives.store import read_json, write_json
 from pipelines.configs import Config
 from pipelines.errors import InputError
+from pipelines.storage import filesystem, read_json, write_json, write_whole
 from pipelines.tasks import Task
 
 
@@ -77,7 +76,7 @@ def complete(run: str, config: Config, provenance: dict[str, Any]) -> dict[str, 
     top, last = journal.best(records), records[-1]
     assert top is not None
     weights = journal.read_part(run, top, "weights.safetensors")
-    journal.write_whole(run, "weights.safetensors", weights)
+    write_whole(run, "weights.safetensors", weights)
     digest = hashlib.sha256(weights).hexdigest()
     record = {
         "config_hash": config.hash,

@@ -17,10 +17,11 @@ from pydantic import TypeAdapter
 from earthformer.forecasters import present
 from earthformer.scores import PROTOCOLS, Contingency, Errors, Nino
 from pipelines import engine, verification, windows
-from pipelines.archives.store import Archive, open_archive, read_json, write_json
+from pipelines.archives.store import Archive, open_archive
 from pipelines.errors import InputError
 from pipelines.forecast_store import member_seeds
 from pipelines.series import Window
+from pipelines.storage import read_json, write_json
 from pipelines.tasks import Task
 from pipelines.verification import Scored, Verification, verify
 

@@ -12,8 +12,8 @@ import yaml
 from tiny_prediff import begun, config
 
 from earthformer.forecasters import members_of
-from pipelines import cli, runs, windows
-from pipelines.archives import store
+from pipelines import cli, runs, storage, windows
+from pipelines.archives import checks, store
 from pipelines.configs import resolve_task
 from pipelines.errors import InputError
 from pipelines.events import parse_events
@@ -80,7 +80,7 @@ def test_moments_quantiles_and_probabilities_are_those_of_the_members(kept):
     assert found["threshold"].attrs["units"] == "1"
     assert found.attrs["sampler"] == "dpm++"
     assert found.attrs["sampler_steps"] == 3
-    assert store.validate(kept) == []
+    assert checks.validate(kept) == []
 
 
 def test_members_are_the_forecasters_own(kept, trainings, archive):
@@ -210,7 +210,7 @@ def test_the_command_that_is_noted_makes_the_same_forecast(trainings, archive, t
         cli.app([*words[1:], "--out", url], standalone_mode=False)
         made = xr.open_zarr(url)
         assert made.attrs["history"] == command(planned_one)
-        assert store.read_json(url, "records/config.json")["config_hash"] == store.config_hash(
+        assert storage.read_json(url, "records/config.json")["config_hash"] == store.config_hash(
             planned_one.config
         )
 

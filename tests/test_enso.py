@@ -42,7 +42,7 @@ def decoded(plan):
     """(sst, nino34) of each source, and the bad ones."""
     values, bad = {}, []
     for shard in plan.shards:
-        regions, found = shard.decode()
+        regions, found, _ = shard.decode()
         bad += found
         for region in regions:
             at = region.region["source"].start
@@ -93,7 +93,7 @@ def test_an_archive_of_the_published_shape_has_the_published_series(tmp_path):
     assert plan.frames == 15 * 1836 + 17 * 1704 + 1224
     assert plan.shards[14].rows == (14 * 151, 15 * 151)
     assert plan.shards[31].rows == (2265 + 16 * 140, 4645)
-    (region,), bad = plan.shards[31].decode()
+    (region,), bad, _ = plan.shards[31].decode()
     assert bad == []
     assert region.arrays["sst"].shape == (1, 1704, 24, 72)
     assert region.region == {"source": slice(31, 32), "month": slice(0, 1704)}
@@ -140,9 +140,9 @@ def test_a_plan_reads_no_pixel_and_pickles(raw, copy):
     assert shards == plan.shards
     with pytest.raises(AttributeError):
         shards[0].months = 1
-    (whole,), _ = shards[0].decode()
+    (whole,), _, _ = shards[0].decode()
     (copy / "CMIP_label.nc").unlink()
-    (region,), (bad,) = shards[0].decode()
+    (region,), (bad,), _ = shards[0].decode()
     assert bad.series == "CMIP6-00"
     assert "CMIP_label.nc" in bad.reason
     assert np.isnan(region.arrays["sst"]).all()
@@ -309,11 +309,11 @@ def test_files_that_are_otherwise_are_refused_in_one_line(copy, case):
 
 
 def test_an_archive_of_other_rows_is_another(raw, copy):
-    config = enso.plan(str(raw)).config
-    assert enso.plan(str(copy)).config == config
+    contents = enso.plan(str(raw)).contents
+    assert enso.plan(str(copy)).contents == contents
     change(copy / "SODA_train.nc", _fewer)
     change(copy / "SODA_label.nc", _fewer)
-    assert enso.plan(str(copy)).config != config
+    assert enso.plan(str(copy)).contents != contents
 
 
 # ---------------------------------------------------------------------------------------- observations

@@ -26,7 +26,7 @@ from earthformer.config import StemStage
 from earthformer.presets import EARTHFORMERS
 from pipelines import cli, plans, runs, windows
 from pipelines import forecast as stage
-from pipelines.archives import sevir, store, synthetic
+from pipelines.archives import checks, sevir, store, synthetic
 from pipelines.errors import InputError, boundary_error
 from pipelines.forecast import forecast
 from pipelines.forecast_store import member_seeds
@@ -121,8 +121,8 @@ def test_a_forecast_opens_plainly_and_says_what_it_is(whole, planned, archive):
     assert found.attrs["archive_hash"] == archive.config_hash
     assert found.attrs["split"] == "test"
     np.testing.assert_array_equal(found["seed"], member_seeds(0, planned.keys, 1))
-    assert store.validate(str(whole)) == []
-    assert "90 windows, 1 members" in store.describe(str(whole))
+    assert checks.validate(str(whole)) == []
+    assert "90 windows, 1 members" in checks.describe(str(whole))
 
 
 def test_the_values_are_the_forecasters(whole, planned, archive):
@@ -249,7 +249,7 @@ def check_the_same(tmp_path, planned, whole, batch_size, workers, shard_windows)
     url = str(tmp_path / "f.zarr")
     forecast(cut, url, batch_size=batch_size, workers=workers, progress=False)
     np.testing.assert_allclose(values(url), values(whole), rtol=1e-4, atol=1e-2)
-    assert store.validate(url) == []
+    assert checks.validate(url) == []
 
 
 @pytest.mark.usefixtures("in_process")
@@ -332,7 +332,7 @@ def test_a_killed_replica_costs_nothing(tmp_path, planned, whole):
         killer.join()
     assert killed[0] < cut.shards
     np.testing.assert_allclose(values(url), values(whole), rtol=1e-4, atol=1e-2)
-    assert store.validate(str(url)) == []
+    assert checks.validate(str(url)) == []
 
 
 def test_a_killed_command_resumes_where_it_was(tmp_path, folder, planned, whole):
@@ -363,7 +363,7 @@ def test_a_killed_command_resumes_where_it_was(tmp_path, folder, planned, whole)
     line = last.stdout.strip().splitlines()[-1]
     assert f"90 windows by earthformer, {90 - 16 * done} of them now, at" in line
     assert content(url) == content(whole)
-    assert store.validate(str(url)) == []
+    assert checks.validate(str(url)) == []
 
 
 def test_a_plan_is_small_enough_for_every_replica(planned):

@@ -12,7 +12,7 @@ from tiny_replicas import replicas_in_process
 
 from earthformer.config import Scaling
 from pipelines import configs, journal, latents, loop, plans, runs, windows
-from pipelines.archives import store
+from pipelines.archives import checks, store
 from pipelines.errors import InputError
 from pipelines.tasks import Splits
 from pipelines.train import train
@@ -74,7 +74,7 @@ def test_latents_that_are_there_are_not_made_again(archive, denoiser):
         progress=False,
     )
     assert store.records(url) == before
-    assert store.validate(url) == []
+    assert checks.validate(url) == []
 
 
 def test_a_run_on_latents_needs_nothing_but_its_own_folder(archive, denoiser, tmp_path):

@@ -17,9 +17,10 @@ import psutil
 import pytest
 import ray.data
 import xarray as xr
+from tiny_archive import timeless
 
-from pipelines import cli, engine, windows
-from pipelines.archives import BrokenFile, store, synthetic
+from pipelines import cli, engine, storage, windows
+from pipelines.archives import BrokenFile, checks, store, synthetic
 from pipelines.errors import InputError
 from pipelines.prepare import MOST_SHARDS, _tasks, estimate, prepare
 from pipelines.tasks import TASKS
@@ -82,9 +83,8 @@ def refused(capfd, *arguments: str) -> str:
 
 
 def files(folder: Path) -> dict[str, bytes]:
-    """Contents of all files but the completion record, which holds the time of day."""
-    found = {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
-    return {name: content for name, content in found.items() if name != store.COMPLETE}
+    """Contents of all files, without the time of day."""
+    return timeless({str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()})
 
 
 def assert_same(folder: Path, other: Path) -> None:
@@ -103,8 +103,8 @@ def test_shards_and_workers_do_not_matter(tmp_path, raw, archive):
     assert (done.written, len(done.plan.shards)) == (1, 1)
     one, many = (xr.open_zarr(str(u), mask_and_scale=False, chunks=None) for u in (url, archive))
     xr.testing.assert_identical(one.load(), many.load())
-    assert store.config_hash(store.read_json(str(url), store.CONFIG)["config"]) != store.config_hash(
-        store.read_json(str(archive), store.CONFIG)["config"]
+    assert store.config_hash(storage.read_json(str(url), store.CONFIG)["config"]) != store.config_hash(
+        storage.read_json(str(archive), store.CONFIG)["config"]
     )
     again = tmp_path / "again.zarr"
     prepare("sevir", str(raw / "sevir"), str(again), shard_mb=0, workers=2, memory_mb=100, progress=False)
@@ -160,7 +160,7 @@ def test_plain_xarray_opens_sevir(tmp_path, raw, ray_cluster):
 def test_plain_xarray_opens_the_other_kinds(tmp_path, raw, ray_cluster, kind):
     url = str(tmp_path / "a.zarr")
     prepare(kind, str(raw / kind.removesuffix("-lr")), url, shard_mb=1, progress=False)
-    assert store.validate(url) == []
+    assert checks.validate(url) == []
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         opened = xr.open_zarr(url)
@@ -372,7 +372,7 @@ def test_bad_input_is_one_line(tmp_path, raw, archive, capfd):
         "sevir", good, there, "--memory-mb", "999999999"
     )
     assert files(tmp_path / "theirs") == {"thesis.txt": b"keep me"}
-    assert store.validate(str(archive)) == []
+    assert checks.validate(str(archive)) == []
 
 
 def zipped(folder: Path) -> str:

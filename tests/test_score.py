@@ -16,8 +16,8 @@ from tiny_scored import calibrated, sevir, write_reduced
 
 from earthformer.scores import Nino, nino34
 from pipelines import score as stage
-from pipelines import verification, windows
-from pipelines.archives import store, synthetic
+from pipelines import storage, verification, windows
+from pipelines.archives import checks, store, synthetic
 from pipelines.errors import InputError
 from pipelines.prepare import prepare
 from pipelines.score import ScoreCard, check_comparable, saved, score
@@ -92,31 +92,31 @@ def test_shards_and_repetition_do_not_matter(tmp_path, cards, archive, keys, blu
     assert again.errors.result() == pytest.approx(cards[1].errors.result(), rel=1e-12)
     (written,) = json.loads((tmp_path / "scores.json").read_text())
     assert written["scores"]["pooled"]["CSI-M"] == again.result()["pooled"]["CSI-M"]
-    assert store.read_json(url, stage.RECORD) is None
+    assert storage.read_json(url, stage.RECORD) is None
 
 
 def test_cards_lie_beside_the_forecasts(cards, forecasts, archive):
     for card, url in zip(cards, forecasts, strict=True):
-        text = json.dumps(store.read_json(url, stage.RECORD))
+        text = json.dumps(storage.read_json(url, stage.RECORD))
         assert "NaN" not in text
         again = saved(url, archive.url)
         assert again is not None
         assert again.to_dict() == card.to_dict()
         assert again.task == TASK
-    assert store.validate(forecasts[0]) == []
+    assert checks.validate(forecasts[0]) == []
 
 
 def test_cards_of_other_code_or_forecasts_are_not_taken(tmp_path, cards, archive, keys, blurred):
     url = write_forecast(str(tmp_path / "f.zarr"), TASK, archive, keys, blurred[:, :1] + 1)
     assert saved(url, archive.url) is None
-    store.write_json(url, stage.RECORD, cards[1].to_dict())
+    storage.write_json(url, stage.RECORD, cards[1].to_dict())
     assert saved(url, archive.url) is None
     own = dataclasses.replace(cards[1], forecast_hash=store.Archive(url).config_hash)
-    store.write_json(url, stage.RECORD, {**own.to_dict(), "code_version": "0.0.0"})
+    storage.write_json(url, stage.RECORD, {**own.to_dict(), "code_version": "0.0.0"})
     assert saved(url, archive.url) is None
-    store.write_json(url, stage.RECORD, {**own.to_dict(), "format": 1})
+    storage.write_json(url, stage.RECORD, {**own.to_dict(), "format": 1})
     assert saved(url, archive.url) is None
-    store.write_json(url, stage.RECORD, own.to_dict())
+    storage.write_json(url, stage.RECORD, own.to_dict())
     assert saved(url, archive.url) is not None
 
 

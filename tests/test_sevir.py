@@ -61,7 +61,7 @@ def decoded(plan):
     """Arrays of all shards together, and the bad events."""
     regions, bad = [], []
     for shard in plan.shards:
-        (region,), found = shard.decode()
+        (region,), found, _ = shard.decode()
         regions.append(region)
         bad += found
     places = np.concatenate([np.arange(r.region["event"].start, r.region["event"].stop) for r in regions])
@@ -321,7 +321,7 @@ def test_a_plan_reads_no_pixel_and_pickles(tmp_path):
     with pytest.raises(AttributeError):
         plan.shards[0].start = 1
     (tmp_path / "later").rename(tmp_path / "data")
-    (region,), bad = shards[0].decode()
+    (region,), bad, _ = shards[0].decode()
     assert bad == []
     with h5py.File(tmp_path / "data" / FILE) as file:
         np.testing.assert_array_equal(region.arrays["vil"], file["vil"][...].transpose(0, 3, 1, 2))
@@ -343,10 +343,10 @@ def test_any_url_is_a_source(tmp_path):
 
 def test_archives_of_the_same_names_are_told_apart(tmp_path):
     table = archive(tmp_path)
-    before = sevir.plan(str(tmp_path)).config
-    assert sevir.plan(str(tmp_path)).config == before
+    before = sevir.plan(str(tmp_path)).contents
+    assert sevir.plan(str(tmp_path)).contents == before
     written(tmp_path, table.assign(llcrnrlat=39.0))
-    assert sevir.plan(str(tmp_path)).config != before
+    assert sevir.plan(str(tmp_path)).contents != before
 
 
 def test_lightning_alone_and_with_other_frames(tmp_path):

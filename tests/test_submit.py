@@ -10,7 +10,7 @@ from tiny_cluster import cluster
 
 from cluster import submit as stage
 from cluster.capacity import Need, refuse_impossible
-from pipelines.archives import store, synthetic
+from pipelines.archives import checks, synthetic
 from pipelines.errors import InputError
 
 EVENTS = 6
@@ -47,7 +47,7 @@ def test_a_verb_runs_on_the_cluster_as_it_does_here(nodes, raw, tmp_path, ray_cl
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"{EVENTS}/{EVENTS} shards written" in done.stdout
     assert re.search(r"^prepare-\d{8}-\d{6}-\w{4}: succeeded after \d+ s$", done.stderr, re.MULTILINE)
-    assert store.validate(str(tmp_path / "a.zarr")) == []
+    assert checks.validate(str(tmp_path / "a.zarr")) == []
     here("sevir", str(raw), str(tmp_path / "b.zarr"), shard_mb=0, progress=False)
     shards = [path.relative_to(tmp_path / "b.zarr") for path in (tmp_path / "b.zarr").glob("vil/c/*/0/0/0")]
     assert len(shards) == EVENTS

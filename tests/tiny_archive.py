@@ -1,33 +1,34 @@
 """Archives in this process, without Ray: of plans, with templates alone, and of a few radar sequences."""
 
 import dataclasses
+import re
 from collections.abc import Mapping
 
 import h5py
 import numpy as np
 import xarray as xr
 
+from pipelines import prepare
 from pipelines.archives import Plan, radar, store
 from pipelines.archives.store import Archive
 from pipelines.tasks import TASKS, Task, Tiles
 
+_TIME = re.compile(rb'"(written|finished)": "[^"]*"')
 METRES = "+proj=laea +lat_0=38 +lon_0=-98 +units=m +a=6370997.0 +ellps=sphere"
 
 
 def built(plan: Plan, url: str) -> Archive:
     """The archive of a plan, as `prepare` writes it, in this process."""
-    store.create(url, plan.groups, config=plan.config, shards=len(plan.shards))
-    quarantine = []
+    store.create(url, plan.groups, config=plan.config, shards=len(plan.shards), contents=plan.contents)
     for number, shard in enumerate(plan.shards):
-        regions, bad = shard.decode()
-        written = [
-            store.region_record(r.group, r.region, store.write_region(url, r.group, r.arrays, r.region))
-            for r in regions
-        ]
-        store.write_record(url, number, {"regions": written})
-        quarantine += [{"series": b.series, "file": b.file, "reason": b.reason} for b in bad]
-    store.complete(url, {"counts": {}, "quarantine": quarantine})
+        prepare.write_shard(number, shard, url)
+    store.complete(url, {"counts": {}, "quarantine": store.quarantined(url)})
     return store.open_archive(url)
+
+
+def timeless(files: Mapping[str, bytes]) -> dict[str, bytes]:
+    """The files of a store without the time of day, which is in its records."""
+    return {n: _TIME.sub(b"", text) if n.startswith("records/") else text for n, text in files.items()}
 
 
 def bare(url: str, kind: str, root: xr.Dataset, quarantine: tuple[str, ...] = ()) -> Archive:

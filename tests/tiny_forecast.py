@@ -10,7 +10,7 @@ import torch
 
 from earthformer.config import EarthformerConfig
 from earthformer.forecasters import EarthformerForecaster
-from pipelines import configs, forecast_store, plans, runs, windows
+from pipelines import configs, forecast_store, plans, runs, storage, windows
 from pipelines.archives import store
 from pipelines.archives.store import Archive
 from pipelines.series import Window
@@ -75,5 +75,5 @@ def write_run(url: str, task: Task, model: EarthformerConfig, seed: int = 0) -> 
     digest = hashlib.sha256(weights).hexdigest()
     run_hash = hashlib.sha256((config.hash + digest).encode()).hexdigest()[:16]
     record = {"config_hash": config.hash, "run_hash": run_hash, "weights_sha256": digest}
-    store.write_json(url, "run.json", record)
+    storage.write_json(url, "run.json", record)
     return run_hash

@@ -1,23 +1,26 @@
 """Raw archives and what is made of them: each reader turns a source into a `Plan`, without any Ray."""
 
 import errno
-import gc
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
+from typing import Any, BinaryIO, NamedTuple, Protocol
 
-import fsspec
 import numpy as np
 import xarray as xr
 
-from pipelines.errors import InputError
+from pipelines.errors import InputError, one_line
+from pipelines.storage import readable
 
 UNREADABLE = (InputError, OSError, EOFError, LookupError, ValueError, TypeError, RuntimeError, zlib.error)
 """What reading a damaged file raises, by one library or another."""
-_NOT_THE_FILE = {errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE, errno.ENOMEM}
+_NOT_THE_FILE = {
+    *(errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE, errno.ENOMEM),
+    *(errno.EBUSY, errno.EREMOTEIO),
+}
+"""The last two are what s3fs makes of 503 and 500, once it has asked often enough."""
 HDF5 = b"\x89HDF"
 _NETCDF = (HDF5, b"CDF\x01", b"CDF\x02", b"CDF\x05")
 """First bytes of NetCDF 4 and of the three classic kinds."""
@@ -41,10 +44,32 @@ class Bad:
     reason: str
 
 
+class Source(NamedTuple):
+    """Where in the raw archive values come from."""
+
+    file: str
+    """Relative to the archive."""
+    ranges: Sequence[tuple[int, int]]
+    """First byte and number of bytes; none where the whole file was read."""
+
+
+class Decoded(NamedTuple):
+    """What a shard reads."""
+
+    regions: list[Region]
+    bad: list[Bad]
+    sources: Mapping[str, Sequence[Source]]
+    """By series."""
+
+
 class Shard(Protocol):
     """What one task reads and writes. Picklable; reads nothing before `decode`."""
 
-    def decode(self) -> tuple[list[Region], list[Bad]]:
+    @property
+    def identity(self) -> Any:
+        """What the shard is made of, for JSON: a shard of another identity has to be written anew."""
+
+    def decode(self) -> Decoded:
         """Read and decode the raw data of this shard."""
 
 
@@ -55,9 +80,14 @@ class BrokenFile:
     file: str
     reason: str
 
-    def decode(self) -> tuple[list[Region], list[Bad]]:
+    @property
+    def identity(self) -> Any:
+        """The file's name."""
+        return [self.file]
+
+    def decode(self) -> Decoded:
         """Nothing to write."""
-        return [], [Bad(self.file, self.file, self.reason)]
+        return Decoded([], [Bad(self.file, self.file, self.reason)], {})
 
 
 @dataclass(frozen=True)
@@ -68,7 +98,9 @@ class Plan:
     groups: Mapping[str, xr.Dataset]
     """Templates: coordinates, attributes and dask variables that are only laid out."""
     config: Mapping[str, Any]
-    """Decides the archive's contents; its hash guards the store."""
+    """Decides the archive's layout, which is the same however many series are added later."""
+    contents: Mapping[str, str]
+    """Name of each series, in the archive's order, to what it is made of; more may be added at the end."""
     shards: tuple[Shard, ...]
     series: int
     frames: int
@@ -80,55 +112,36 @@ class Plan:
     """Catalogue rows left out, by reason."""
 
 
+def in_order(names: Iterable[str], known: Sequence[str], source: str) -> list[str]:
+    """Names of series with those that an archive holds first, as it holds them; the others as they come.
+
+    Raises:
+        InputError: the source has no longer what the archive holds.
+    """
+    found = list(names)
+    gone = set(known) - set(found)
+    if gone:
+        raise InputError(
+            f"{source} has no {min(gone)} any more, nor {len(gone) - 1} others that the archive holds: "
+            "needed a source that has only gained, or another URL for the archive"
+        )
+    held = set(known)
+    return [*known, *(name for name in found if name not in held)]
+
+
 def why(error: Exception) -> str:
     """What is wrong with a file, in one line.
 
     Raises:
-        Exception: the error itself where the file is not to blame (a full disk, a lost connection): such a
-            task is to be tried again, and its series not to be given up.
+        Exception: the error itself where the file is not to blame (a full disk, a lost connection, expired
+            credentials): such a task is to be tried again, and its series not to be given up.
     """
-    if isinstance(error, ConnectionError | TimeoutError) or getattr(error, "errno", None) in _NOT_THE_FILE:
+    number = getattr(error, "errno", None)
+    # Of the errors of a disk each has a number; s3fs gives those for refused credentials none.
+    refused = isinstance(error, PermissionError) and number is None
+    if refused or isinstance(error, ConnectionError | TimeoutError) or number in _NOT_THE_FILE:
         raise error
-    return " ".join(str(error).strip("'\"").split()) or type(error).__name__
-
-
-def filesystem(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
-    """The file system of a URL, and the path on it.
-
-    Raises:
-        InputError: no such kind of URL is known, or its driver is not installed.
-    """
-    try:
-        return fsspec.core.url_to_fs(url)
-    except (ValueError, ImportError) as error:
-        raise InputError(f"{url} cannot be opened: {why(error)}; needed a path or an fsspec URL") from error
-
-
-def join(folder: str, name: str) -> str:
-    """The URL of a file in a folder, which of a chain, such as `zip://folder::raw.zip`, is the first link."""
-    first, separator, rest = folder.partition("::")
-    if separator and "://" not in first:
-        return f"{first}::{join(rest, name)}"
-    return f"{first if first.endswith('://') else first.rstrip('/') + '/'}{name}{separator}{rest}"
-
-
-@contextmanager
-def readable(url: str) -> Iterator[str | BinaryIO]:
-    """The path of a local file, or a file object that fetches of a remote one only what is read."""
-    fs, path = filesystem(url)
-    if "file" in fs.protocol or "local" in fs.protocol:
-        yield path
-        return
-    # HDF5 holds its lock while it waits for a remote file. A garbage collection in the thread that fetches
-    # would wait for that lock to free HDF5's objects, for ever (h5py issue 2019).
-    collected = gc.isenabled()
-    gc.disable()
-    try:
-        with fs.open(path, "rb") as file:
-            yield file
-    finally:
-        if collected:
-            gc.enable()
+    return one_line(error)
 
 
 @contextmanager

@@ -8,8 +8,9 @@ from functools import reduce
 import pandas as pd
 import pyproj
 
-from pipelines.archives import filesystem, join, why
+from pipelines.archives import why
 from pipelines.errors import InputError
+from pipelines.storage import filesystem, join
 
 PROJ = "+proj=laea +lat_0=38 +lon_0=-98 +units=m +a=6370997.0 +ellps=sphere"
 NEEDED = ("id", "file_name", "file_index", "img_type", "time_utc", "pct_missing")

@@ -7,15 +7,27 @@ gridded SST observation (ERSST and the like) in the folder becomes a source of a
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import dask.array
 import numpy as np
 import xarray as xr
 
-from pipelines.archives import UNREADABLE, Bad, BrokenFile, Plan, Region, filesystem, join, open_netcdf, why
+from pipelines.archives import (
+    UNREADABLE,
+    Bad,
+    BrokenFile,
+    Decoded,
+    Plan,
+    Region,
+    Source,
+    in_order,
+    open_netcdf,
+    why,
+)
 from pipelines.errors import InputError
+from pipelines.storage import filesystem, join
 
 LAT = np.arange(-55.0, 61.0, 5.0)
 LON = np.arange(0.0, 360.0, 5.0)
@@ -44,15 +56,17 @@ def series_months(rows: int) -> int:
 # ----------------------------------------------------------------------------------------------- plan
 
 
-def plan(source: str) -> Plan:
+def plan(source: str, *, known: Sequence[str] = ()) -> Plan:
     """What preparing an ENSO archive would read and write.
 
     Args:
         source: folder with `CMIP_train.nc` and `CMIP_label.nc`, and/or `SODA_train.nc` and `SODA_label.nc`,
             and/or NetCDF files of monthly SST on a regular grid; or one such SST file.
+        known: sources that the archive holds already, which stay where they are.
 
     Raises:
-        InputError: none of these is there, one of the first four cannot be read, or its shape is another.
+        InputError: none of these is there, one of the first four cannot be read, or its shape is another; a
+            source of `known` is gone.
     """
     folder, names = _names(source)
     shards: list[EnsoShard] = []
@@ -60,10 +74,10 @@ def plan(source: str) -> Plan:
         shards += _cmip(folder, names)
     if "SODA_train.nc" in names:
         rows, _ = _rows(folder, "SODA", names)
-        shards.append(EnsoShard(folder, "SODA", "SODA", (0, rows), series_months(rows), len(shards), ""))
-    known = {f"{kind}_{part}.nc" for kind in ("CMIP", "SODA") for part in ("train", "label")}
+        shards.append(EnsoShard(folder, "SODA", "SODA", (0, rows), series_months(rows)))
+    published = {f"{kind}_{part}.nc" for kind in ("CMIP", "SODA") for part in ("train", "label")}
     broken = []
-    for name in sorted(n for n in names - known if n.endswith((".nc", ".nc4")) and not n.startswith(".")):
+    for name in sorted(n for n in names - published if n.endswith((".nc", ".nc4")) and not n.startswith(".")):
         try:
             with open_netcdf(join(folder, name)) as data:
                 months, first = _calendar(_sst(data))
@@ -71,22 +85,22 @@ def plan(source: str) -> Plan:
             broken.append(BrokenFile(name, why(error)))
             continue
         stem = name.rpartition(".")[0]
-        shards.append(EnsoShard(folder, stem, name, (0, 0), months, len(shards), first))
+        shards.append(EnsoShard(folder, stem, name, (0, 0), months, first=first))
     if not shards:
         found = f" ({broken[0].file}: {broken[0].reason})" if broken else ""
         raise InputError(
             f"{source} has no CMIP_train.nc, SODA_train.nc or monthly SST grid{found}: needed one of them"
         )
+    by_name = {shard.name: shard for shard in shards}
+    order = in_order(by_name, known, source)
+    shards = [replace(by_name[name], position=position) for position, name in enumerate(order)]
     longest = max(s.months for s in shards)
     cells = len(LAT) * len(LON)
     return Plan(
         kind="enso",
         groups={"": _template(shards, longest)},
-        config={
-            "kind": "enso",
-            "sources": [[s.name, s.file, list(s.rows), s.months, s.first] for s in shards],
-            "broken": [one.file for one in broken],
-        },
+        config={"kind": "enso", "months": longest},
+        contents={s.name: f"{s.file} {s.rows[0]}-{s.rows[1]} {s.months} {s.first}".rstrip() for s in shards},
         shards=(*shards, *broken),
         series=len(shards) + len(broken),
         frames=sum(s.months for s in shards),
@@ -123,7 +137,7 @@ def _cmip(folder: str, names: set[str]) -> list["EnsoShard"]:
             first = offset + model * years
             name = f"CMIP{kind}-{model:02d}"
             rows, months = (first, first + years), series_months(years)
-            shards.append(EnsoShard(folder, name, "CMIP", rows, months, len(shards), ""))
+            shards.append(EnsoShard(folder, name, "CMIP", rows, months))
     # In the order of the published loader: CMIP6 first, model after model.
     return shards
 
@@ -176,11 +190,23 @@ class EnsoShard:
     """`CMIP` or `SODA`, or the name of an observation file."""
     rows: tuple[int, int]
     months: int
-    position: int
-    first: str
+    position: int = 0
+    """Among the archive's sources."""
+    first: str = ""
     """First month of an observation, YYYY-MM; empty for model years, which have no date."""
 
-    def decode(self) -> tuple[list[Region], list[Bad]]:
+    @property
+    def identity(self) -> Any:
+        """What the shard is made of."""
+        return [self.position, self.name, self.file, *self.rows, self.months, self.first]
+
+    @property
+    def files(self) -> list[str]:
+        """Names of the files that it is read from."""
+        of = [f"{self.file}_train.nc", f"{self.file}_label.nc"]
+        return of if self.file in ("CMIP", "SODA") else [self.file]
+
+    def decode(self) -> Decoded:
         """The source's SST anomalies and labels, filled to the longest source by the template."""
         region = {"source": slice(self.position, self.position + 1), "month": slice(0, self.months)}
         bad = []
@@ -191,9 +217,9 @@ class EnsoShard:
         except UNREADABLE as error:
             shape = (self.months, len(LAT), len(LON))
             sst, nino = np.full(shape, np.nan, np.float32), np.full(self.months, np.nan, np.float32)
-            file = f"{self.file}_train.nc" if self.file in ("CMIP", "SODA") else self.file
-            bad = [Bad(self.name, file, why(error))]
-        return [Region("", region, {"sst": sst[None], "nino34": nino[None]})], bad
+            bad = [Bad(self.name, self.files[0], why(error))]
+        sources = {self.name: [Source(file, []) for file in self.files]}
+        return Decoded([Region("", region, {"sst": sst[None], "nino34": nino[None]})], bad, sources)
 
     def _read(self) -> tuple[np.ndarray, np.ndarray]:
         if self.file not in ("CMIP", "SODA"):

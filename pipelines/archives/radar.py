@@ -22,17 +22,18 @@ from pipelines.archives import (
     UNREADABLE,
     Bad,
     BrokenFile,
+    Decoded,
     Plan,
     Region,
-    filesystem,
+    Source,
     first_bytes,
-    join,
+    in_order,
     open_netcdf,
-    readable,
     why,
 )
 from pipelines.archives.cf import axes_of, grid_of, in_metres
 from pipelines.errors import InputError
+from pipelines.storage import filesystem, join, readable
 
 FILL = 65535
 SCALE = 0.01
@@ -65,16 +66,20 @@ class Sequence:
     """PROJ string in metres; empty on a grid of latitudes and longitudes."""
 
 
-def plan(source: str, *, variable: str | None = None, shard_mb: int = 128) -> Plan:
+def plan(
+    source: str, *, variable: str | None = None, shard_mb: int = 128, known: tuple[str, ...] = ()
+) -> Plan:
     """What preparing an archive of the sequences in a folder (or of one file) would read and write.
 
     Args:
         source: folder of files, or one file or Zarr store.
         variable: name of the rain rate where it is not one of the usual ones.
         shard_mb: about the size of a shard before compression.
+        known: sequences that the archive holds already, which stay where they are.
 
     Raises:
-        InputError: nothing to read, or no file that can be read (the first one's reason is given).
+        InputError: nothing to read, or no file that can be read (the first one's reason is given); a sequence
+            of `known` is gone.
     """
     sequences: dict[str, Sequence] = {}
     broken = []
@@ -88,20 +93,16 @@ def plan(source: str, *, variable: str | None = None, shard_mb: int = 128) -> Pl
             broken.append(BrokenFile(_file(url), why(error)))
     if not sequences:
         raise InputError(f"{source}: {broken[0].file} cannot be read as a radar sequence: {broken[0].reason}")
-    found = [sequences[name] for name in sorted(sequences)]
+    found = [sequences[name] for name in in_order(sorted(sequences), known, source)]
     each = {s.name: _frames_each(s, shard_mb) for s in found}
     stored = sum(2 * len(s.times) * len(s.y) * len(s.x) for s in found)
     return Plan(
         kind="radar",
         groups={"": _root(found), **{s.name: _template(s, each[s.name]) for s in found}},
-        config={
-            "kind": "radar",
-            "sequences": [
-                [s.name, s.variable, len(s.times), str(s.times[0]), s.cadence, len(s.y), len(s.x), s.proj]
-                for s in found
-            ],
-            "broken": [one.file for one in broken],
-            "shard_frames": each,
+        config={"kind": "radar", "shard_mb": shard_mb},
+        contents={
+            s.name: f"{s.variable} {len(s.times)}x{len(s.y)}x{len(s.x)} {s.times[0]} {s.cadence} min {s.proj}"
+            for s in found
         },
         shards=(
             *(
@@ -155,7 +156,12 @@ class RadarShard:
     last: int
     grid: tuple[int, int]
 
-    def decode(self) -> tuple[list[Region], list[Bad]]:
+    @property
+    def identity(self) -> Any:
+        """What the shard is made of."""
+        return [self.name, _file(self.url), self.variable, self.first, self.last, *self.grid]
+
+    def decode(self) -> Decoded:
         """Read the frames as counts of 0.01 mm/h; unreadable ones are filled with the missing value."""
         region = {"time": slice(self.first, self.last)}
         shape = (self.last - self.first, *self.grid)
@@ -171,7 +177,8 @@ class RadarShard:
         except UNREADABLE as error:
             rate = np.full(shape, FILL, np.uint16)
             bad = [Bad(self.name, _file(self.url), why(error))]
-        return [Region(self.name, region, {"rate": rate})], bad
+        sources = {self.name: [Source(_file(self.url), [])]}
+        return Decoded([Region(self.name, region, {"rate": rate})], bad, sources)
 
 
 @contextmanager

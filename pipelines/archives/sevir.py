@@ -5,10 +5,9 @@ is (event, time, y, x), in raw units. SEVIR-LR (Gao et al., PreDiff, NeurIPS 202
 second frame and takes the maximum of 3 × 3 pixels.
 """
 
-import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import dask.array
 import h5py
@@ -17,9 +16,10 @@ import pandas as pd
 import pyproj
 import xarray as xr
 
-from pipelines.archives import UNREADABLE, Bad, Plan, Region, join, readable, why
+from pipelines.archives import UNREADABLE, Bad, Decoded, Plan, Region, Source, hdf5, in_order, why
 from pipelines.archives.catalog import NEEDED, NUMBERS, TEXTS, left_out, read_catalog, select
 from pipelines.errors import InputError
+from pipelines.storage import METADATA_BLOCK, join, readable
 
 MISSING = 255
 EXTENT_M = 384_000.0
@@ -93,7 +93,12 @@ MODALITIES = {
 
 
 def plan(
-    source: str, *, modalities: Sequence[str] = ("vil",), low_resolution: bool = False, shard_mb: int = 128
+    source: str,
+    *,
+    modalities: Sequence[str] = ("vil",),
+    low_resolution: bool = False,
+    shard_mb: int = 128,
+    known: Sequence[str] = (),
 ) -> Plan:
     """What preparing a SEVIR archive would read and write.
 
@@ -103,9 +108,11 @@ def plan(
         low_resolution: SEVIR-LR: every second frame, 3 × 3 maximum (VIL alone). Events that are so already
             are taken as they are.
         shard_mb: about the size of a shard before compression.
+        known: events that the archive holds already, which stay where they are.
 
     Raises:
-        InputError: no catalogue, an unknown modality, or no event that can be kept.
+        InputError: no catalogue, an unknown modality, or no event that can be kept; an event of `known` is
+            gone.
     """
     _check(modalities, low_resolution)
     catalog = read_catalog(source)
@@ -117,45 +124,58 @@ def plan(
         )
     # Neighbours in the archive are neighbours in the raw files.
     first = kept[kept["img_type"] == modalities[0]].sort_values(["file_name", "file_index"], kind="stable")
-    located = zip(kept["id"], kept["img_type"], kept["file_name"], kept["file_index"], strict=True)
-    by_id = {(str(i), str(kind)): (str(file), int(row)) for i, kind, file, row in located}
-    ids = [str(i) for i in first["id"]]
-    raw = {name: _grid(kept[kept["img_type"] == name], name) for name in modalities}
+    ids = in_order(first["id"].astype(object), known, source)
+    by_type = {name: kept[kept["img_type"] == name].set_index("id").loc[ids] for name in modalities}
+    raw = {name: _grid(by_type[name], name) for name in modalities}
     grids = {name: lowered(grid) for name, grid in raw.items()} if low_resolution else raw
     stored, decoded = _event_bytes(grids), _event_bytes(raw)
-    each = max(1, min(32, len(ids), shard_mb * 1_000_000 // stored))
+    each = max(1, min(32, shard_mb * 1_000_000 // stored))
     folder = (source.rpartition("/")[0] or ".") if source.endswith(".csv") else source.rstrip("/")
-    shards = tuple(
-        SevirShard(
-            folder,
-            start,
-            tuple((i, {name: by_id[i, name] for name in modalities}) for i in ids[start : start + each]),
-            raw,
-            low_resolution,
-        )
-        for start in range(0, len(ids), each)
-    )
+    places = [_places(rows) for rows in by_type.values()]
+    events = [
+        (event, dict(zip(modalities, rows, strict=True))) for event, *rows in zip(ids, *places, strict=True)
+    ]
     kind = "sevir-lr" if low_resolution else "sevir"
-    published = [name for name in dict.fromkeys((*NEEDED, *TEXTS, *NUMBERS)) if name in kept]
     return Plan(
         kind=kind,
-        groups={"": _template(first, grids, each, kind)},
+        groups={"": _template(by_type[modalities[0]].reset_index(), grids, each, kind)},
         config={
             "kind": kind,
             "modalities": list(modalities),
             "grids": {name: list(grid) for name, grid in grids.items()},
-            "events": [[i, *by_id[i, name]] for i in ids for name in modalities],
             "shard_events": each,
-            # Tells apart archives whose events bear the same names, such as synthetic ones of two seeds.
-            "catalogue": zlib.crc32(kept[published].to_csv(index=False).encode()),
         },
-        shards=shards,
+        contents=_contents(ids, by_type),
+        shards=tuple(
+            SevirShard(folder, start, tuple(events[start : start + each]), raw, low_resolution)
+            for start in range(0, len(ids), each)
+        ),
         series=len(ids),
         frames=len(ids) * grids[modalities[0]][0],
         stored_bytes=stored * len(ids),
         decoded_bytes=decoded * len(ids),
         dropped=dropped,
     )
+
+
+def _places(rows: pd.DataFrame) -> list[tuple[str, int]]:
+    """File and row of each event; one text for each file, however many events it holds."""
+    codes, files = pd.factorize(rows["file_name"])
+    names = [str(name) for name in files]
+    return [(names[code], index) for code, index in zip(codes, rows["file_index"].astype(int), strict=True)]
+
+
+def _contents(ids: Sequence[str], by_type: dict[str, pd.DataFrame]) -> dict[str, str]:
+    """What the catalogue says of each event.
+
+    Tells apart archives whose events bear the same names, such as synthetic ones of two seeds.
+    """
+    published = dict.fromkeys((*NEEDED, *TEXTS, *NUMBERS))
+    digests = [
+        pd.util.hash_pandas_object(rows[[name for name in published if name in rows]], index=False)
+        for rows in by_type.values()
+    ]
+    return {event: " ".join(f"{d:016x}" for d in of) for event, *of in zip(ids, *digests, strict=True)}
 
 
 def _check(modalities: Sequence[str], low_resolution: bool) -> None:
@@ -278,6 +298,18 @@ def _origins(first: pd.DataFrame, crs: pyproj.CRS) -> dict[str, Any]:
 # --------------------------------------------------------------------------------------------- decode
 
 
+class _Row(NamedTuple):
+    """An event of a shard, and where it lies in its file."""
+
+    place: int
+    event: str
+    file_index: int
+
+
+_Found = tuple[_Row, np.ndarray | Exception, list[hdf5.Range]]
+"""Frames (time, y, x), or what is wrong with them, and the bytes of the file that they lie in."""
+
+
 @dataclass(frozen=True)
 class SevirShard:
     """Some successive events of the archive."""
@@ -292,7 +324,12 @@ class SevirShard:
     """What an event of each modality is to be in its file."""
     low_resolution: bool
 
-    def decode(self) -> tuple[list[Region], list[Bad]]:
+    @property
+    def identity(self) -> list[Any]:
+        """What the shard is made of."""
+        return [self.start, [[event, rows] for event, rows in self.events]]
+
+    def decode(self) -> Decoded:
         """Read the events; those that cannot be read are filled with the missing value and listed."""
         grids = {name: lowered(grid) if self.low_resolution else grid for name, grid in self.raw.items()}
         arrays = {
@@ -300,77 +337,121 @@ class SevirShard:
             for name, grid in grids.items()
         }
         bad: dict[str, Bad] = {}
+        sources: dict[str, list[Source]] = {event: [] for event, _ in self.events}
         for name in self.raw:
             for file_name, rows in self._by_file(name).items():
-                for place, event, found in self._read(name, file_name, rows):
-                    if isinstance(found, str):
-                        bad.setdefault(event, Bad(event, file_name, found))
-                    else:
-                        arrays[name][place] = found
+                for row, found, ranges in self._read(name, file_name, rows):
+                    try:
+                        arrays[name][row.place] = self._fitted(name, row, found)
+                    except UNREADABLE as error:
+                        bad.setdefault(row.event, Bad(row.event, file_name, why(error)))
+                    sources[row.event].append(Source(f"data/{file_name}", ranges))
         for place, (event, _) in enumerate(self.events):
             if event in bad:
                 for name, values in arrays.items():
                     values[place] = MODALITIES[name].missing
         region = {"event": slice(self.start, self.start + len(self.events))}
-        return [Region("", region, arrays)], list(bad.values())
+        return Decoded([Region("", region, arrays)], list(bad.values()), sources)
 
-    def _by_file(self, name: str) -> dict[str, list[tuple[int, str, int]]]:
-        files: dict[str, list[tuple[int, str, int]]] = {}
+    def _by_file(self, name: str) -> dict[str, list[_Row]]:
+        files: dict[str, list[_Row]] = {}
         for place, (event, rows) in enumerate(self.events):
             file_name, index = rows[name]
-            files.setdefault(file_name, []).append((place, event, index))
+            files.setdefault(file_name, []).append(_Row(place, event, index))
         return files
 
-    def _read(
-        self, name: str, file_name: str, rows: list[tuple[int, str, int]]
-    ) -> Iterator[tuple[int, str, np.ndarray | str]]:
-        """(place in the shard, event id, frames (time, y, x) or why there are none)."""
+    def _read(self, name: str, file_name: str, rows: list[_Row]) -> Iterator[_Found]:
+        url = join(self.source, f"data/{file_name}")
         try:
-            with readable(join(self.source, f"data/{file_name}")) as opened, h5py.File(opened, "r") as file:
-                for place, event, index in rows:
-                    try:
-                        found: np.ndarray | str = self._event(file, name, event, index)
-                    except UNREADABLE as error:
-                        found = why(error)
-                    yield place, event, found
+            with readable(url, METADATA_BLOCK) as opened, h5py.File(opened, "r") as file:
+                found, layout = _located(file, name, rows, self.raw[name])
         except FileNotFoundError:
-            yield from ((place, event, "the file is not there") for place, event, _ in rows)
+            found, layout = [(row, FileNotFoundError("the file is not there"), []) for row in rows], None
         except OSError as error:
-            reason = f"not readable as HDF5: {why(error)}"
-            yield from ((place, event, reason) for place, event, _ in rows)
+            unreadable = ValueError(f"not readable as HDF5: {why(error)}")
+            found, layout = [(row, unreadable, []) for row in rows], None
+        yield from found
+        if layout is not None:
+            of = {row.file_index: row for row in rows}
+            for index, values in hdf5.read_rows(url, layout):
+                yield of[index], _turned(values), layout.ranges(index)
 
-    def _event(self, file: h5py.File, name: str, event: str, index: int) -> np.ndarray:
+    def _fitted(self, name: str, row: _Row, found: np.ndarray | Exception) -> np.ndarray:
+        if isinstance(found, Exception):
+            raise found
         grid = self.raw[name]
-        frames = _flashes(file, event, grid) if name == "lght" else _frames(file, name, event, index)
-        if self.low_resolution and frames.shape == lowered(grid):
-            return frames
-        if frames.shape != grid:
-            raise ValueError(f"row {index} has shape {frames.shape} (time, y, x): needed {grid}")
-        return block_maximum(frames) if self.low_resolution else frames
+        if self.low_resolution and found.shape == lowered(grid):
+            return found
+        if found.shape != grid:
+            raise ValueError(f"row {row.file_index} has shape {found.shape} (time, y, x): needed {grid}")
+        return block_maximum(found) if self.low_resolution else found
 
 
-def _frames(file: h5py.File, name: str, event: str, index: int) -> np.ndarray:
+def _located(
+    file: h5py.File, name: str, rows: list[_Row], grid: Grid
+) -> tuple[list[_Found], hdf5.Layout | None]:
+    """Events that HDF5 has to read, or that are bad, and where in the file the others lie."""
+    found: list[_Found] = []
+    sound: list[_Row] = []
+    for row in rows:
+        try:
+            if name == "lght":
+                flashes = _flashes(file, row.event)
+                found.append((row, _counts(flashes[()], grid), hdf5.ranges(flashes)))
+            else:
+                _check_frames(file, name, row)
+                sound.append(row)
+        except UNREADABLE as error:
+            found.append((row, error, []))
+    if not sound:
+        return found, None
+    try:
+        layout = hdf5.layout(file[name], [row.file_index for row in sound])
+    except UNREADABLE:
+        # Of one event, as a rule: the others are found one by one.
+        layout = None
+    if layout is None:
+        found += [(row, _by_hdf5(file[name], row.file_index), []) for row in sound]
+    return found, layout
+
+
+def _by_hdf5(dataset: h5py.Dataset, index: int) -> np.ndarray | Exception:
+    try:
+        return dataset[index].transpose(2, 0, 1)
+    except UNREADABLE as error:
+        return error
+
+
+def _check_frames(file: h5py.File, name: str, row: _Row) -> None:
     dataset = file.get(name)
     if not isinstance(dataset, h5py.Dataset):
         raise KeyError(f"no dataset {name!r}, found {', '.join(list(file)[:5])}")
     wanted = np.dtype(MODALITIES[name].dtype)
     if dataset.ndim != 4 or dataset.dtype.newbyteorder("=") != wanted:
         raise ValueError(f"dataset {name} is {dataset.ndim}-D {dataset.dtype}: needed 4-D {wanted}")
-    if not 0 <= index < dataset.shape[0]:
-        raise IndexError(f"file_index {index} lies outside its {dataset.shape[0]} events")
-    if "id" in file and (stored := _text(file["id"][index])) != event:
-        raise ValueError(f"row {index} holds event {stored}")
-    return np.ascontiguousarray(dataset[index].transpose(2, 0, 1))
+    if not 0 <= row.file_index < dataset.shape[0]:
+        raise IndexError(f"file_index {row.file_index} lies outside its {dataset.shape[0]} events")
+    if "id" in file and (stored := _text(file["id"][row.file_index])) != row.event:
+        raise ValueError(f"row {row.file_index} holds event {stored}")
 
 
-def _flashes(file: h5py.File, event: str, grid: Grid) -> np.ndarray:
-    """Lightning counts on a grid, from flashes (n, 5): seconds after `time_utc`, lat, lon, x, y."""
+def _turned(values: np.ndarray | Exception) -> np.ndarray | Exception:
+    """(y, x, time) as (time, y, x)."""
+    return values if isinstance(values, Exception) else values.transpose(2, 0, 1)
+
+
+def _flashes(file: h5py.File, event: str) -> h5py.Dataset:
     dataset = file.get(event)
     if not isinstance(dataset, h5py.Dataset):
         raise KeyError(f"no dataset {event!r}")
     if dataset.ndim != 2 or dataset.shape[1] != 5 or dataset.dtype.kind not in "fiu":
         raise ValueError(f"flashes {event} are {dataset.shape} {dataset.dtype}: needed numbers, (n, 5)")
-    seconds, x, y = dataset[()][:, [0, 3, 4]].astype(float).T
+    return dataset
+
+
+def _counts(flashes: np.ndarray, grid: Grid) -> np.ndarray:
+    """Lightning counts on a grid, from flashes (n, 5): seconds after `time_utc`, lat, lon, x, y."""
+    seconds, x, y = flashes[:, [0, 3, 4]].astype(float).T
     frames, height, width = grid
     inside = (x >= 0) & (x < width) & (y >= 0) & (y < height) & np.isfinite(seconds)
     starts = (FIRST_MINUTE + FRAME_MINUTES * np.arange(frames)) * 60

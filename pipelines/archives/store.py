@@ -1,118 +1,188 @@
 """Zarr stores that are cut into shards: metadata before data, and a record written last.
 
     URL/records/config.json         what the store is to hold, and the hash of it: written first
+    URL/records/contents.json       its series, and what each is made of
     URL/zarr.json, URL/<variable>/  a plain Zarr v3 group, laid out whole; `xarray.open_zarr(URL)` reads it
     URL/records/template.json       the layout is written: checksums of its files
-    URL/records/000012.json         shard 12 is written: its checksums and counts
+    URL/records/000012.json         shard 12 is written: its checksums, and where its values are from
     URL/records/complete.json       all shards are written: counts, quarantine
 
 A shard is the unit of writing, of retry and of resumption: one task writes the whole of it. "The object
 exists" is not "done"; its record is. A record that cannot be parsed was cut off and counts as absent.
+
+Whatever is written twice, by a task that is retried or by two commands at once, is the same both times. So
+there is no lock: commands that run at the same time share the work.
 """
 
+import contextlib
 import hashlib
+import itertools
 import json
 import re
 import time
+import uuid
 import warnings
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import version
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 import xarray as xr
 import zarr
-from fsspec import AbstractFileSystem
 from fsspec.implementations.local import LocalFileSystem
 from zarr.codecs import BloscCodec, Crc32cCodec, ZstdCodec
 from zarr.core.metadata import ArrayV3Metadata
 
-from pipelines.archives import UNREADABLE, filesystem, why
+from pipelines.archives import UNREADABLE, why
 from pipelines.errors import InputError
+from pipelines.storage import (
+    filesystem,
+    listed,
+    parsed,
+    read_all,
+    read_json,
+    write_all,
+    write_json,
+    zarr_store,
+)
 
-CONFIG, TEMPLATE, COMPLETE = (f"records/{name}.json" for name in ("config", "template", "complete"))
-THREADS = 16
-"""Small files that are read at once: object stores answer slowly, but many questions at a time."""
+CONFIG, CONTENTS, TEMPLATE, COMPLETE = (
+    f"records/{name}.json" for name in ("config", "contents", "template", "complete")
+)
+NO_SERIES: Mapping[str, str] = MappingProxyType({})
 
 
 # ------------------------------------------------------------------------------------------ writing
 
 
-def config_hash(config: Mapping[str, Any]) -> str:
+def config_hash(config: Any) -> str:
     """First 16 hex digits of the SHA-256 of the configuration's canonical JSON."""
     canonical = json.dumps(config, sort_keys=True, separators=(",", ":"), default=str)
     return hashlib.sha256(canonical.encode()).hexdigest()[:16]
 
 
-def begun(url: str, config: Mapping[str, Any]) -> bool:
+def begun(url: str, config: Mapping[str, Any], contents: Mapping[str, str] = NO_SERIES) -> bool:
     """Whether a store of this configuration has been begun at `url`; False where there is nothing yet.
 
+    It may hold fewer series, if they are the first of `contents`: it grows.
+
     Raises:
-        InputError: `url` holds a store of another configuration (both hashes are named), or other files.
+        InputError: `url` holds a store of another configuration (both hashes are named), of other series, or
+            other files.
     """
-    digest, found = config_hash(config), read_json(url, CONFIG)
-    if found is not None and found["config_hash"] != digest:
+    found = read_json(url, CONFIG)
+    if found is None:
+        # The contents are the first file of a store, so that they may be all there is, or the half of them.
+        names = [n for n in listed(url, "records") if not n.startswith(("contents.json", "config.json"))]
+        if names or not set(listed(url)) <= {"records"}:
+            raise InputError(f"{url} exists and is no store of ours: needed an empty or absent folder")
+        return False
+    asked = _config_record(config, contents)
+    if found["config"] != _as_json(config):
         raise InputError(
-            f"{url} was written under configuration {found['config_hash']}, asked is {digest}: "
+            f"{url} was written under configuration {found['config_hash']}, asked is {asked['config_hash']}: "
             "needed the same configuration, or another URL"
         )
-    # The configuration is the first file of a store, so that it may be all there is, and cut off.
-    if found is None and not (
-        set(_list(url)) <= {"records"} and set(_list(url, "records")) <= {"config.json"}
-    ):
-        raise InputError(f"{url} exists and is no store of ours: needed an empty or absent folder")
-    return found is not None
+    held = dict(itertools.islice(contents.items(), found.get("series", 0)))
+    if _digest(held) != found.get("contents", _digest({})):
+        raise InputError(
+            f"{url} {_difference(series(url), held)}: needed a source that has only gained, or another URL"
+        )
+    return True
 
 
-def create(url: str, groups: Mapping[str, xr.Dataset], *, config: Mapping[str, Any], shards: int) -> None:
+def _config_record(config: Mapping[str, Any], contents: Mapping[str, str]) -> dict[str, Any]:
+    record = {"config": config, "series": len(contents), "contents": _digest(contents)}
+    return {"config_hash": identity_hash(record), **record}
+
+
+def hash_of(config: Mapping[str, Any], contents: Mapping[str, str] = NO_SERIES) -> str:
+    """The hash that a store of this layout and these series goes by."""
+    return str(_config_record(config, contents)["config_hash"])
+
+
+def identity_hash(record: Mapping[str, Any]) -> str:
+    """The hash that the store of a configuration record goes by."""
+    if not record.get("series"):
+        return config_hash(record["config"])
+    return config_hash({**record["config"], "contents": record["contents"]})
+
+
+def _as_json(value: Any) -> Any:
+    return json.loads(json.dumps(value, default=str))
+
+
+def _digest(contents: Mapping[str, str]) -> str:
+    return config_hash(list(contents.items()))
+
+
+def _difference(held: Mapping[str, str], found: Mapping[str, str]) -> str:
+    for name, of in held.items():
+        if found.get(name) != of:
+            return f"holds {name} of {of}, and the source has {found.get(name, 'none')}"
+    return f"holds {len(held)} series, and the source has {len(found)} of them"
+
+
+def create(
+    url: str,
+    groups: Mapping[str, xr.Dataset],
+    *,
+    config: Mapping[str, Any],
+    shards: int,
+    contents: Mapping[str, str] = NO_SERIES,
+) -> None:
     """Write a store's full template; does nothing where the same one has been written before.
 
     Args:
         url: where; any fsspec URL or a local path.
         groups: group name ("" is the root) to a Dataset whose coordinates are written and whose dask
             variables are only laid out. A variable's `encoding` may hold `chunks` and `shards`.
-        config: what decides the store's contents.
+        config: what decides the store's layout.
         shards: how many shards make the store.
+        contents: name of each series to what it is made of. A store whose series are the first of these
+            grows, and is unfinished until the others are written.
 
     Raises:
-        InputError: `url` holds a store of another configuration (both hashes are named), or other files, or
-            cannot be written to.
+        InputError: `url` holds a store of another configuration (both hashes are named), of other series, or
+            other files, or cannot be written to.
     """
     if "records" in groups:
         raise InputError(f"{url} would hold a series called records: needed another name, for these are ours")
-    if not begun(url, config):
-        record = {"config_hash": config_hash(config), "config": config, "shards": shards}
+    there = begun(url, config, contents)
+    asked = {**_config_record(config, contents), "shards": shards}
+    template = read_json(url, TEMPLATE)
+    if there and template is None and records(url):
+        raise InputError(f"{url} has shards but no {TEMPLATE}: it is damaged; needed another URL")
+    if not there or read_json(url, CONFIG) != _as_json(asked):
+        reopen(url)
         try:
-            write_json(url, CONFIG, record)
+            write_json(url, CONTENTS, contents)
+            write_json(url, CONFIG, asked)
         except (NotImplementedError, ValueError) as error:  # an archive of files opened to be read, the web
             raise InputError(f"{url} cannot be written to: needed a URL of a file system that can") from error
-    elif read_json(url, TEMPLATE) is not None:
+    elif template is not None and template.get("config_hash") == asked["config_hash"]:
         return
-    elif records(url):
-        raise InputError(f"{url} has shards but no {TEMPLATE}: it is damaged; needed another URL")
-    _write_template(url, groups)
+    _write_template(url, groups, asked["config_hash"])
 
 
-def _write_template(url: str, groups: Mapping[str, xr.Dataset]) -> None:
-    fs, path = filesystem(url)
-    for name in _list(url):
-        # Of a template whose writing was cut off.
-        if name != "records":
-            fs.rm(f"{path}/{name}", recursive=True)
+def _write_template(url: str, groups: Mapping[str, xr.Dataset], digest: str) -> None:
+    # Made in memory, so that nothing lies there that is not written by all who write it at the same time.
+    scratch = f"memory://earthformer-template-{uuid.uuid4().hex}"
+    memory, folder = filesystem(scratch)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Consolidated metadata")
         warnings.filterwarnings("ignore", message="Object at .* is not recognized")
-        root = zarr.open_group(_zarr_url(url), mode="a", zarr_format=3)
+        root = zarr.open_group(scratch, mode="a", zarr_format=3)
         root.require_group("records")
         for name, dataset in groups.items():
             dataset = _with_plain_strings(dataset)
             encoding = {str(v): _encoding(dataset[v]) for v in dataset.data_vars if dataset[v].chunks}
             dataset.drop_encoding().to_zarr(
-                _zarr_url(url),
+                scratch,
                 group=name or None,
                 mode="a",
                 compute=False,
@@ -121,12 +191,17 @@ def _write_template(url: str, groups: Mapping[str, xr.Dataset]) -> None:
                 zarr_format=3,
             )
         zarr.consolidate_metadata(root.store)
-    fs, path = _fresh(url)
-    names = [name.removeprefix(f"{path}/") for name in fs.find(path)]
-    written = _read_all(url, [name for name in names if not name.startswith("records/")])
-    if None in written.values():
-        raise FileNotFoundError(f"{url}: files of the template went away while it was written")
-    write_json(url, TEMPLATE, {"crc32": {name: zlib.crc32(text or b"") for name, text in written.items()}})
+    names = [name.removeprefix(f"{folder}/") for name in memory.find(folder)]
+    written = {name: memory.cat_file(f"{folder}/{name}") for name in names}
+    memory.rm(folder, recursive=True)
+    write_all(url, written)
+    crc32 = {name: zlib.crc32(text) for name, text in written.items() if not name.startswith("records/")}
+    write_json(url, TEMPLATE, {"config_hash": digest, "crc32": crc32})
+
+
+def series(url: str) -> dict[str, str]:
+    """Name of each series of a store, finished or not, in its order, to what it is made of."""
+    return (read_json(url, CONTENTS) or {}) if read_json(url, CONFIG) else {}
 
 
 def write_region(
@@ -141,7 +216,7 @@ def write_region(
         region: dimension to the slice that the arrays fill; dimensions not named are filled whole.
     """
     checksums = {}
-    opened = zarr.open_group(_zarr_url(url), path=group or None, mode="r+", use_consolidated=False)
+    opened = zarr.open_group(zarr_store(url), path=group or None, mode="r+", use_consolidated=False)
     for name, values in arrays.items():
         stored = _array(opened, name)
         values = np.ascontiguousarray(values, dtype=stored.dtype)
@@ -150,15 +225,28 @@ def write_region(
     return checksums
 
 
+def stored_crc32(url: str, group: str, name: str, region: Mapping[str, slice]) -> int:
+    """The CRC-32 of a part of a variable as it is stored; see `write_region`."""
+    opened = zarr.open_group(zarr_store(url), path=group or None, mode="r", use_consolidated=False)
+    stored = _array(opened, name)
+    return _crc32(np.ascontiguousarray(stored[_selection(stored, region)]))
+
+
 def write_record(url: str, shard: int, record: Mapping[str, Any]) -> None:
     """Say that a shard is written. Call it after the data.
 
     Args:
         url: the store.
         shard: its number.
-        record: holds `regions`, a list of what `region_record` returns, for `validate` to check.
+        record: holds `regions`, a list of what `region_record` returns, for `validate` to check; and, where
+            what it is made of may change, `identity`.
     """
-    write_json(url, f"records/{shard:06d}.json", record)
+    said = {"code_version": version("earthformer-ray"), "written": _now()}
+    write_json(url, _record_name(shard), {**record, **said})
+
+
+def _record_name(shard: int) -> str:
+    return f"records/{shard:06d}.json"
 
 
 def region_record(group: str, region: Mapping[str, slice], crc32: Mapping[str, int]) -> dict[str, Any]:
@@ -168,10 +256,23 @@ def region_record(group: str, region: Mapping[str, slice], crc32: Mapping[str, i
 
 def records(url: str) -> dict[int, dict[str, Any]]:
     """The records of all shards that are done, by number."""
-    names = [name for name in _list(url, "records") if re.fullmatch(r"\d+\.json", name)]
-    texts = _read_all(url, [f"records/{name}" for name in sorted(names)])
-    parsed = {int(name[len("records/") : -len(".json")]): _parsed(text) for name, text in texts.items()}
-    return {shard: record for shard, record in parsed.items() if record is not None and "regions" in record}
+    names = [name for name in listed(url, "records") if re.fullmatch(r"\d+\.json", name)]
+    texts = read_all(url, [f"records/{name}" for name in sorted(names)])
+    found = {int(name[len("records/") : -len(".json")]): parsed(text) for name, text in texts.items()}
+    return {shard: record for shard, record in found.items() if record is not None and "regions" in record}
+
+
+def is_written(url: str, shard: int, identity: str | None = None) -> bool:
+    """Whether a shard is done, and is made of this."""
+    record = read_json(url, _record_name(shard))
+    return record is not None and "regions" in record and record.get("identity") == identity
+
+
+def remove_record(url: str, shard: int) -> None:
+    """Have a shard written once more."""
+    fs, path = filesystem(url)
+    with contextlib.suppress(FileNotFoundError):
+        fs.rm_file(f"{path}/{_record_name(shard)}")
 
 
 def pending(url: str, shards: int) -> list[int]:
@@ -180,29 +281,34 @@ def pending(url: str, shards: int) -> list[int]:
     return [shard for shard in range(shards) if shard not in done]
 
 
-def complete(url: str, summary: Mapping[str, Any]) -> None:
+def complete(url: str, summary: Mapping[str, Any], done: Mapping[int, Any] | None = None) -> None:
     """Write the completion record.
 
     Args:
         url: the store.
         summary: what the record adds: `counts`, and `quarantine` (rows of `series`, `file`, `reason`).
+        done: what `records` said, if it has been asked.
 
     Raises:
         InputError: a shard has no record.
     """
-    config = _config(url)
-    missing = pending(url, config["shards"])
+    config, done = config_record(url), records(url) if done is None else done
+    missing = [shard for shard in range(config["shards"]) if shard not in done]
     if missing:
-        raise InputError(_unfinished(url, config["shards"], len(missing)))
+        raise InputError(unfinished(url, config["shards"], len(missing)))
     _sweep(url)
     record = {
         "config_hash": config["config_hash"],
         "shards": config["shards"],
         "code_version": version("earthformer-ray"),
-        "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "finished": _now(),
         **summary,
     }
     write_json(url, COMPLETE, record)
+
+
+def _now() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
 
 
 def reopen(url: str) -> None:
@@ -235,16 +341,17 @@ def open_store(url: str, group: str = "") -> xr.Dataset:
     Raises:
         InputError: there is no store at `url`, or it is unfinished or damaged.
     """
-    config = _config(url)
+    config = config_record(url)
     if not is_complete(url):
-        raise InputError(_unfinished(url, config["shards"], len(pending(url, config["shards"]))))
-    return _open(url, group)
+        raise InputError(unfinished(url, config["shards"], len(pending(url, config["shards"]))))
+    return open_unfinished(url, group)
 
 
-def _open(url: str, group: str = "") -> xr.Dataset:
+def open_unfinished(url: str, group: str = "") -> xr.Dataset:
+    """As `open_store`, of a store in any state that can be opened."""
     try:
         return xr.open_zarr(
-            _zarr_url(url), group=group or None, mask_and_scale=False, decode_timedelta=True, chunks=None
+            zarr_store(url), group=group or None, mask_and_scale=False, decode_timedelta=True, chunks=None
         )
     except UNREADABLE as error:
         raise InputError(
@@ -282,7 +389,7 @@ class Archive:
         key = (group, name)
         if key not in self._arrays:
             path = f"{group}/{name}".lstrip("/")
-            self._arrays[key] = zarr.open_array(_zarr_url(self.url), path=path, mode="r")
+            self._arrays[key] = zarr.open_array(zarr_store(self.url), path=path, mode="r")
         return self._arrays[key]
 
     @cached_property
@@ -298,7 +405,7 @@ class Archive:
 
     @cached_property
     def _record(self) -> dict[str, Any]:
-        return _config(self.url)
+        return config_record(self.url)
 
     @property
     def config_hash(self) -> str:
@@ -346,163 +453,24 @@ def quarantined(url: str) -> list[dict[str, str]]:
     Of an unfinished store, those found so far.
     """
     done = read_json(url, COMPLETE)
-    if done is not None:
-        return list(done.get("quarantine", ()))
-    rows = [row for _, record in sorted(records(url).items()) for row in record.get("quarantine", ())]
+    return quarantine_of(records(url)) if done is None else list(done.get("quarantine", ()))
+
+
+def quarantine_of(done: Mapping[int, Mapping[str, Any]]) -> list[dict[str, str]]:
+    """The same, from what `records` said."""
+    rows = [row for _, record in sorted(done.items()) for row in record.get("quarantine", ())]
     return list({row["series"]: row for row in reversed(rows)}.values())[::-1]
-
-
-# ----------------------------------------------------------------------------------------- checking
-
-
-def validate(url: str) -> list[str]:
-    """Read everything back; one line a problem: what is missing, differs from its checksum or is unreadable.
-
-    Raises:
-        InputError: there is no store at `url`.
-    """
-    config, done = _config(url), records(url)
-    problems = list(_template_problems(url, config))
-    missing = [shard for shard in range(config["shards"]) if shard not in done]
-    if missing:
-        some = ", ".join(map(str, missing[:8])) + (", …" if len(missing) > 8 else "")
-        problems.append(f"{len(missing)} of {config['shards']} shards have no record: {some}")
-    elif not is_complete(url):
-        problems.append(f"{COMPLETE} is missing or cut off")
-    # Two at a time: one is read while another is decompressed, and no more than that is held in memory.
-    with ThreadPoolExecutor(2) as pool:
-        for found in pool.map(lambda item: list(_shard_problems(url, *item)), sorted(done.items())):
-            problems += found
-    return problems
-
-
-def _template_problems(url: str, config: Mapping[str, Any]) -> Iterator[str]:
-    if config_hash(config["config"]) != config["config_hash"]:
-        yield f"{CONFIG} does not have the hash that it names, {config['config_hash']}"
-    template = read_json(url, TEMPLATE)
-    if template is None:
-        yield f"{TEMPLATE} is missing or cut off"
-        return
-    for name, text in _read_all(url, list(template["crc32"])).items():
-        expected = template["crc32"][name]
-        if text is None:
-            yield f"{name} is missing"
-        elif zlib.crc32(text) != expected:
-            yield f"{name} has CRC-32 {zlib.crc32(text):08x}: needed {expected:08x}"
-
-
-def _shard_problems(url: str, shard: int, record: Mapping[str, Any]) -> Iterator[str]:
-    for part in record["regions"]:
-        region = {d: slice(*bounds) for d, bounds in part["region"].items()}
-        for name, expected in part["crc32"].items():
-            where = f"shard {shard}, " + f"{part['group']}/{name}".lstrip("/")
-            try:
-                group = zarr.open_group(
-                    _zarr_url(url), path=part["group"] or None, mode="r", use_consolidated=False
-                )
-                stored = _array(group, name)
-                found = _crc32(np.ascontiguousarray(stored[_selection(stored, region)]))
-            except UNREADABLE as error:
-                yield f"{where} cannot be read: {why(error)}"
-                continue
-            if found != expected:
-                yield f"{where} has CRC-32 {found:08x}: needed {expected:08x}"
-
-
-def describe(url: str) -> str:
-    """What a store holds and how far it is, finished or not, for people.
-
-    Raises:
-        InputError: there is no store at `url`, or its metadata are damaged.
-    """
-    config, done = _config(url), read_json(url, COMPLETE)
-    fs, path = filesystem(url)
-    lines = [
-        f"{url}: {config['config']['kind']}, configuration {config['config_hash']}, "
-        f"{fs.du(path) / 1e6:.1f} MB"
-    ]
-    if read_json(url, TEMPLATE) is None:
-        return "\n".join([*lines, "not complete: its template is cut off; run the same command again"])
-    if done is None:
-        lines.append(_unfinished(url, config["shards"], len(pending(url, config["shards"]))))
-    else:
-        lines.append(
-            f"complete since {done['finished']}: {config['shards']} shards, code {done['code_version']}"
-        )
-        counts = dict(done.get("counts", {}))
-        dropped = counts.pop("dropped", {})
-        lines.append(", ".join(f"{n} {what}" for what, n in counts.items()) + left_out(dropped))
-    lines.append(str(_open(url)))
-    names = zarr.open_group(_zarr_url(url), mode="r").group_keys()
-    for name in sorted(set(names) - {"records"}):
-        group = _open(url, name)
-        lines.append(f"{name}: " + "; ".join(f"{k} {dict(v.sizes)} {v.dtype}" for k, v in group.items()))
-    return "\n".join(lines)
-
-
-def left_out(dropped: Mapping[str, int]) -> str:
-    """`; left out: …`, from counts of catalogue rows by reason; empty when none are."""
-    reasons = ", ".join(f"{n} rows ({reason})" for reason, n in dropped.items() if n)
-    return f"; left out: {reasons}" if reasons else ""
-
-
-# --------------------------------------------------------------------------------------------- JSON
-
-
-def write_json(url: str, name: str, value: Any) -> None:
-    """Write JSON under a directory URL, creating directories."""
-    fs, path = filesystem(url)
-    target = f"{path}/{name}"
-    fs.makedirs(target.rpartition("/")[0], exist_ok=True)
-    fs.pipe_file(target, json.dumps(value, indent=1, default=str).encode())
-
-
-def read_json(url: str, name: str) -> dict[str, Any] | None:
-    """Read JSON under a directory URL; None when it is absent or was cut off in mid-write."""
-    return _parsed(_read(url, name))
-
-
-def _parsed(text: bytes | None) -> dict[str, Any] | None:
-    try:
-        found = json.loads(text or b"")
-    except ValueError:
-        return None
-    return found if isinstance(found, dict) else None
-
-
-def _fresh(url: str) -> tuple[AbstractFileSystem, str]:
-    """As `filesystem`, with nothing remembered of a folder: other processes write there as well."""
-    fs, path = filesystem(url)
-    fs.invalidate_cache()
-    return fs, path
-
-
-def _read(url: str, name: str) -> bytes | None:
-    fs, path = _fresh(url)
-    try:
-        return bytes(fs.cat_file(f"{path}/{name}"))
-    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
-        return None
-
-
-def _read_all(url: str, names: Sequence[str]) -> dict[str, bytes | None]:
-    with ThreadPoolExecutor(THREADS) as pool:
-        return dict(zip(names, pool.map(lambda name: _read(url, name), names), strict=True))
-
-
-def _list(url: str, folder: str = "") -> list[str]:
-    fs, path = _fresh(url)
-    try:
-        names = fs.ls(f"{path}/{folder}".rstrip("/"), detail=False)
-        return [name.rstrip("/").rpartition("/")[2] for name in names]
-    except (FileNotFoundError, NotADirectoryError):
-        return []
 
 
 # ------------------------------------------------------------------------------------------- shared
 
 
-def _config(url: str) -> dict[str, Any]:
+def config_record(url: str) -> dict[str, Any]:
+    """The store's configuration, its hash and the number of its shards.
+
+    Raises:
+        InputError: there is no store at `url`.
+    """
     found = read_json(url, CONFIG)
     if found is None or not {"config", "config_hash", "shards"} <= set(found):
         raise InputError(
@@ -511,17 +479,12 @@ def _config(url: str) -> dict[str, Any]:
     return found
 
 
-def _unfinished(url: str, shards: int, missing: int) -> str:
+def unfinished(url: str, shards: int, missing: int) -> str:
+    """How far a store is, in one line."""
     return (
         f"{url} is not complete: {shards - missing} of {shards} shards are there; "
         "run the same command again to finish it"
     )
-
-
-def _zarr_url(url: str) -> str:
-    # At a file:// URL Zarr writes through fsspec, which makes no folders and no replacement in one stroke.
-    fs, path = filesystem(url)
-    return path if isinstance(fs, LocalFileSystem) else url
 
 
 def _with_plain_strings(dataset: xr.Dataset) -> xr.Dataset:

@@ -8,10 +8,10 @@ import numpy as np
 import xarray as xr
 
 from pipelines import maps
-from pipelines.archives import filesystem
 from pipelines.configs import unknown
 from pipelines.errors import InputError
 from pipelines.plots import rendered
+from pipelines.storage import filesystem
 from pipelines.tasks import Task
 
 

@@ -17,9 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from pipelines import journal
-from pipelines.archives import filesystem
-from pipelines.archives.store import read_json, write_json
+from pipelines.storage import filesystem, read_json, write_json, write_whole
 
 ID = re.compile(r"[A-Za-z0-9_-]{22}")
 
@@ -59,7 +57,7 @@ class Results:
         """Remember the sums over the first chunks."""
         content = io.BytesIO()
         np.savez(content, allow_pickle=False, chunks=np.array(chunks), **sums)
-        journal.write_whole(self.folder(number), "sums.npz", content.getvalue())
+        write_whole(self.folder(number), "sums.npz", content.getvalue())
 
     def progress(self, number: str) -> tuple[int, dict[str, np.ndarray]] | None:
         """How many chunks were drawn, and their sums; None where nothing whole was written."""

@@ -7,9 +7,9 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from pipelines import configs
-from pipelines.archives import filesystem
 from pipelines.errors import InputError
 from pipelines.plans import MOST_MEMBERS
+from pipelines.storage import filesystem
 
 LOOPBACK = ("127.0.0.1", "localhost")
 """Where a service without a token listens, and what it is called."""

@@ -14,7 +14,7 @@ import zarr
 from tiny_service import EVENTS
 
 from pipelines import cli, client
-from pipelines.archives import store
+from pipelines.archives import checks, store
 from pipelines.ensembles import dilate, disk, interval
 from pipelines.errors import InputError
 from pipelines.events import parse_events
@@ -144,7 +144,7 @@ def test_the_zarr_opens_with_xarray_and_its_checksums_match(served, http, kept, 
         found = xr.open_zarr(packed, chunks=None).load()
     assert found["vil"].dims == ("window", "member", "lead_time", "y", "x")
     assert found.attrs["Conventions"] == "CF-1.11"
-    assert store.validate(str(served.results / kept["id"] / "forecast.zarr")) == []
+    assert checks.validate(str(served.results / kept["id"] / "forecast.zarr")) == []
 
 
 def test_exceedances_are_counts_of_members(http, kept):
