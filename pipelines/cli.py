@@ -24,6 +24,9 @@ console = Console()
 errors = Console(stderr=True)
 
 Workers = Annotated[int | None, typer.Option(help="Parallel workers; default: one a processor.")]
+Prices = Annotated[
+    str | None, typer.Option("--prices", metavar="FILE", help="With --dry-run: YAML of prices, for the cost.")
+]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and do nothing.")]
 ConfigFile = Annotated[
     str | None, typer.Option("--config", metavar="FILE", help="YAML or JSON laid over the preset.")
@@ -71,14 +74,23 @@ def prepare(
     shard_mb: Annotated[int, typer.Option(help="Size of a shard before compression, in MB.")] = 128,
     strict: Annotated[bool, typer.Option("--strict", help="A series that cannot be read is fatal.")] = False,
     dry_run: DryRun = False,
+    prices: Prices = None,
 ) -> None:
-    """Read a raw archive and write it as sharded Zarr; the same command resumes."""
+    """Read a raw archive and write it as sharded Zarr; the same command resumes, and adds what is new."""
+    from pipelines import costs
     from pipelines import prepare as stage
 
     types = tuple(name.strip() for name in modalities.split(","))
     if dry_run:
         found = stage.estimate(
-            kind, source, archive, modalities=types, variable=variable, workers=workers, shard_mb=shard_mb
+            kind,
+            source,
+            archive,
+            modalities=types,
+            variable=variable,
+            workers=workers,
+            shard_mb=shard_mb,
+            prices=costs.read_prices(prices) if prices else None,
         )
         console.print(escape(str(found)), highlight=False, soft_wrap=True)
         return
@@ -388,11 +400,11 @@ def score(
     archive: Archive,
     workers: Workers = None,
 ) -> None:
-    """Score forecasts against the archive, side by side; writes JSON beside each forecast."""
+    """Score forecasts against the archive, side by side; writes JSON beside each, and reads it next time."""
     from pipelines import score as stage
     from pipelines import sheets
 
-    for table in sheets.tables(stage.score(forecasts, archive, workers=workers)):
+    for table in sheets.tables(stage.scored(forecasts, archive, workers=workers)):
         console.print(table)
 
 
@@ -437,6 +449,26 @@ def validate(url: Annotated[str, typer.Argument(metavar="URL", help="Archive or 
     raise InputError(
         f"{url} is not whole: {problems[0]}" + (f" (and {len(problems) - 1} more)" if problems[1:] else "")
     )
+
+
+@app.command()
+def lineage(
+    url: Annotated[str, typer.Argument(metavar="URL", help="Archive or forecast.")],
+    chunk: Annotated[
+        str,
+        typer.Option(help="Key of an object, vil/c/3/0/0/0, or index of a chunk within it, vil/57/0/0/0."),
+    ],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Say where a chunk is from: source file and bytes, windows and run, code, configuration and time."""
+    from pipelines import lineage as of
+
+    found = of.lineage(url, chunk)
+    if as_json:
+        console.print_json(json.dumps(found))
+        return
+    for line in of.lines(found):
+        console.print(escape(line), highlight=False, soft_wrap=True)
 
 
 def main(command: Callable[[], None] = app) -> None:

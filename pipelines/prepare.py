@@ -1,6 +1,7 @@
 """Raw archive to sharded Zarr, on Ray Data: one task a shard, records written last, resumable."""
 
 import pickle
+import resource
 import secrets
 import time
 from collections.abc import Iterator, Sequence
@@ -13,9 +14,10 @@ import ray
 import ray.data
 
 from pipelines import engine
-from pipelines.archives import BrokenFile, Plan, Shard, checks, enso, radar, sevir, store
+from pipelines.archives import BrokenFile, Decoded, Plan, Shard, checks, enso, radar, sevir, store
+from pipelines.costs import HOUR, Prices, Work, size
 from pipelines.errors import InputError
-from pipelines.storage import filesystem
+from pipelines.storage import filesystem, join
 
 if TYPE_CHECKING:
     from pipelines.tasks import Task
@@ -43,7 +45,7 @@ class Prepared:
         done = f"all {total} shards were there"
         if self.written:
             raw = plan.decoded_bytes * self.written / total
-            speed = f"{_size(raw)} at {raw / self.seconds / 1e6:.0f} MB/s"
+            speed = f"{size(raw)} at {raw / self.seconds / 1e6:.0f} MB/s"
             done = f"{self.written}/{total} shards written, {speed}"
         return (
             f"{self.archive}: {plan.kind}, {plan.frames} frames, configuration "
@@ -61,20 +63,18 @@ class Estimate:
     pending: int
     """Shards that are still to be written."""
     windows: str
-    stored_bytes: float
-    """Of those shards, after compression."""
-    seconds: float
-    workers: int
+    work: Work
+    prices: Prices | None = None
 
     def __str__(self) -> str:
         plan, share = self.plan, self.pending / len(self.plan.shards)
+        raw, kept = (size(count * share) for count in (plan.decoded_bytes, plan.stored_bytes))
         rows = {
             "series": f"{plan.series} ({plan.frames} frames){checks.left_out(plan.dropped)}",
             "windows": self.windows,
             "shards": f"{len(plan.shards)}, of which {self.pending} are to be written",
-            "read": f"{_size(plan.decoded_bytes * share)} of raw pixels",
-            "write": f"{_size(plan.stored_bytes * share)}, about {_size(self.stored_bytes)} compressed",
-            "time": f"about {self.seconds:.0f} s by {self.workers} worker(s), once Ray is up",
+            "pixels": f"{raw}, of which {kept} are kept",
+            **self.work.rows(self.prices),
         }
         digest = store.hash_of(plan.config, plan.contents)
         first = f"{self.archive}: would hold {plan.kind}, configuration {digest}"
@@ -267,7 +267,7 @@ def write_shard(number: int, shard: Shard, archive: str, strict: bool = False) -
     if store.is_written(archive, number, identity):
         # By the task that this one is the retry of, or by another command.
         return False
-    regions, bad, sources = shard.decode()
+    regions, bad, sources, folder = shard.decode()
     quarantine = [{"series": b.series, "file": b.file, "reason": b.reason} for b in bad]
     if strict and bad:
         raise InputError(_bad_line(quarantine[0]) + ": --strict takes no bad series")
@@ -275,7 +275,13 @@ def write_shard(number: int, shard: Shard, archive: str, strict: bool = False) -
         store.region_record(r.group, r.region, store.write_region(archive, r.group, r.arrays, r.region))
         for r in regions
     ]
-    record = {"identity": identity, "regions": written, "quarantine": quarantine, "sources": sources}
+    record = {
+        "identity": identity,
+        "regions": written,
+        "quarantine": quarantine,
+        "sources": sources,
+        "source": folder,
+    }
     store.write_record(archive, number, record)
     return True
 
@@ -296,6 +302,7 @@ def estimate(
     variable: str | None = None,
     workers: int | None = None,
     shard_mb: int = 128,
+    prices: Prices | None = None,
 ) -> Estimate:
     """What `prepare` would do with the same arguments; reads one shard, and writes nothing to `archive`.
 
@@ -307,32 +314,51 @@ def estimate(
     begun = store.begun(place, plan.config, plan.contents)
     pending = _pending(place, plan)[0] if begun else range(len(plan.shards))
     sample = next((plan.shards[n] for n in pending if not isinstance(plan.shards[n], BrokenFile)), None)
-    raw, stored, seconds = _measure(plan, sample) if sample else (1, 0, 0.0)
-    scale = plan.stored_bytes * len(pending) / len(plan.shards) / raw
     workers = min(workers or engine.cores(), max(1, len(pending)))
-    return Estimate(
-        archive, plan, len(pending), _windows(plan), stored * scale, seconds * scale / workers, workers
+    work = _measure(plan, sample, len(pending), workers) if sample else Work(0, 0, 0, 0, 0, 0)
+    return Estimate(archive, plan, len(pending), _windows(plan), work, prices)
+
+
+def _measure(plan: Plan, shard: Shard, shards: int, workers: int) -> Work:
+    """The work of so many shards, judging by this one, which is read, and written to memory."""
+    fs, path = filesystem(_SCRATCH)
+    start = time.perf_counter()
+    decoded = shard.decode()
+    seconds = time.perf_counter() - start
+    try:
+        groups = {region.group: plan.groups[region.group] for region in decoded.regions}
+        store.create(_SCRATCH, groups, config={}, shards=1)
+        template, objects = fs.du(path), len(fs.find(path))
+        start = time.perf_counter()
+        for region in decoded.regions:
+            store.write_region(_SCRATCH, region.group, region.arrays, region.region)
+        seconds += time.perf_counter() - start
+        stored, objects = fs.du(path) - template, len(fs.find(path)) - objects
+    finally:
+        fs.rm(path, recursive=True)
+    raw = sum(v.nbytes for region in decoded.regions for v in region.arrays.values())
+    # By its pixels: the last shard of an archive is smaller than the others.
+    scale = plan.stored_bytes * shards / len(plan.shards) / raw
+    read, gets = _source(decoded)
+    return Work(
+        tasks=shards,
+        read_bytes=read * scale,
+        written_bytes=stored * scale,
+        gets=gets * scale,
+        # With the record of each.
+        puts=objects * scale + shards,
+        memory_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        cpu_hours=seconds * scale / HOUR,
+        workers=workers,
     )
 
 
-def _measure(plan: Plan, shard: Shard) -> tuple[int, int, float]:
-    """Bytes of a shard before and after compression, and the seconds that it takes."""
-    fs, path = filesystem(_SCRATCH)
-    start = time.perf_counter()
-    regions = shard.decode().regions
-    seconds = time.perf_counter() - start
-    try:
-        groups = {region.group: plan.groups[region.group] for region in regions}
-        store.create(_SCRATCH, groups, config={}, shards=1)
-        template = fs.du(path)
-        start = time.perf_counter()
-        for region in regions:
-            store.write_region(_SCRATCH, region.group, region.arrays, region.region)
-        seconds += time.perf_counter() - start
-        stored = fs.du(path) - template
-    finally:
-        fs.rm(path, recursive=True)
-    return sum(v.nbytes for region in regions for v in region.arrays.values()), stored, seconds
+def _source(decoded: Decoded) -> tuple[int, int]:
+    """Bytes that a shard was read from, and in how many pieces."""
+    pieces = {(file, *each) for of in decoded.sources.values() for file, ranges in of for each in ranges}
+    whole = {file for of in decoded.sources.values() for file, ranges in of if not ranges}
+    sizes = [filesystem(join(decoded.folder, file)) for file in whole]
+    return sum(n for *_, n in pieces) + sum(fs.du(path) for fs, path in sizes), len(pieces) + len(whole)
 
 
 def _windows(plan: Plan) -> str:
@@ -370,7 +396,3 @@ def _tiles(plan: Plan, task: "Task") -> int:
             rows, columns = (max(0, (n - tiles.size) // tiles.stride + 1) for n in rate.shape[1:])
             total += starts * rows * columns
     return total
-
-
-def _size(count: float) -> str:
-    return f"{count / 1e9:.1f} GB" if count >= 1e10 else f"{count / 1e6:.1f} MB"

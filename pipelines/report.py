@@ -18,7 +18,7 @@ from pipelines.archives.store import Archive, open_archive
 from pipelines.errors import InputError
 from pipelines.maps import Row
 from pipelines.plots import image
-from pipelines.score import ScoreCard, Source, check_comparable, open_forecast, saved, score
+from pipelines.score import ScoreCard, Source, check_comparable, open_forecast, scored
 from pipelines.sheets import error_units, labels, sheets
 from pipelines.tasks import Task
 
@@ -67,9 +67,7 @@ def report(
     """
     opened = open_archive(archive)
     if cards is None:
-        found = [saved(url, archive) for url in forecasts]
-        known = [card for card in found if card is not None]
-        cards = known if len(known) == len(found) else score(forecasts, archive)
+        cards = scored(forecasts, archive)
     check_comparable(cards)
     sources = [open_forecast(url, opened) for url in forecasts]
     if [card.forecast_hash for card in cards] != [source.store.config_hash for source in sources]:

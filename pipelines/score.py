@@ -267,6 +267,21 @@ def score(
     return cards
 
 
+def scored(forecasts: Sequence[str], archive: str, *, workers: int | None = None) -> list[ScoreCard]:
+    """The cards of forecasts: those that were written before are read, and the other forecasts scored.
+
+    Raises:
+        InputError: as `score`.
+    """
+    found = {url: saved(url, archive) for url in forecasts}
+    rest = [url for url, card in found.items() if card is None]
+    if rest:
+        found |= dict(zip(rest, score(rest, archive, workers=workers), strict=True))
+    cards = [card for url in forecasts if (card := found[url]) is not None]
+    check_comparable(cards)
+    return cards
+
+
 def saved(forecast: str, archive: str) -> ScoreCard | None:
     """The card that `score` wrote beside a forecast, unless forecast, archive or code have changed since.
 

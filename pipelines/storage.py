@@ -65,7 +65,9 @@ def _is_public(bucket: str) -> bool:
     from s3fs import S3FileSystem
 
     def lets_in(anon: bool) -> bool:
-        S3FileSystem(anon=anon).call_s3("list_objects_v2", Bucket=bucket, MaxKeys=1)
+        S3FileSystem(anon=anon, config_kwargs={"retries": {"max_attempts": 2}}).call_s3(
+            "list_objects_v2", Bucket=bucket, MaxKeys=1
+        )
         return True
 
     try:
@@ -207,9 +209,9 @@ def fresh(url: str) -> tuple[AbstractFileSystem, str]:
 # ----------------------------------------------------------------------------------------------- JSON
 
 
-def write_json(url: str, name: str, value: Any) -> None:
+def write_json(url: str, name: str, value: Any, indent: int | None = 1) -> None:
     """Write JSON under a directory URL."""
-    write_whole(url, name, json.dumps(value, indent=1, default=str).encode())
+    write_whole(url, name, json.dumps(value, indent=indent, default=str).encode())
 
 
 def read_json(url: str, name: str) -> dict[str, Any] | None:

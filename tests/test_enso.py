@@ -42,7 +42,7 @@ def decoded(plan):
     """(sst, nino34) of each source, and the bad ones."""
     values, bad = {}, []
     for shard in plan.shards:
-        regions, found, _ = shard.decode()
+        regions, found, *_ = shard.decode()
         bad += found
         for region in regions:
             at = region.region["source"].start
@@ -93,7 +93,7 @@ def test_an_archive_of_the_published_shape_has_the_published_series(tmp_path):
     assert plan.frames == 15 * 1836 + 17 * 1704 + 1224
     assert plan.shards[14].rows == (14 * 151, 15 * 151)
     assert plan.shards[31].rows == (2265 + 16 * 140, 4645)
-    (region,), bad, _ = plan.shards[31].decode()
+    (region,), bad, *_ = plan.shards[31].decode()
     assert bad == []
     assert region.arrays["sst"].shape == (1, 1704, 24, 72)
     assert region.region == {"source": slice(31, 32), "month": slice(0, 1704)}
@@ -140,9 +140,9 @@ def test_a_plan_reads_no_pixel_and_pickles(raw, copy):
     assert shards == plan.shards
     with pytest.raises(AttributeError):
         shards[0].months = 1
-    (whole,), _, _ = shards[0].decode()
+    (whole,), *_ = shards[0].decode()
     (copy / "CMIP_label.nc").unlink()
-    (region,), (bad,), _ = shards[0].decode()
+    (region,), (bad,), *_ = shards[0].decode()
     assert bad.series == "CMIP6-00"
     assert "CMIP_label.nc" in bad.reason
     assert np.isnan(region.arrays["sst"]).all()

@@ -190,7 +190,7 @@ def test_a_source_is_the_same_whatever_else_is_written(ocean, tmp_path):
     def sources(folder):
         found = {}
         for shard in enso.plan(str(folder)).shards:
-            (region,), bad, _ = shard.decode()
+            (region,), bad, *_ = shard.decode()
             assert bad == []
             found[shard.name] = region.arrays
         return found
@@ -217,7 +217,7 @@ def test_radar_files_are_those_of_the_real_composites(tmp_path):
     names = sorted(path.stem for path in (tmp_path / "two").iterdir())
     assert list(plan.groups[""]["sequence"].values) == names
     for shard in plan.shards:
-        (region,), bad, _ = shard.decode()
+        (region,), bad, *_ = shard.decode()
         assert bad == []
         rate = region.arrays["rate"]
         with h5py.File(tmp_path / "two" / f"{shard.name}.h5") as file:

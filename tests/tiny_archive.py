@@ -13,7 +13,7 @@ from pipelines.archives import Plan, radar, store
 from pipelines.archives.store import Archive
 from pipelines.tasks import TASKS, Task, Tiles
 
-_TIME = re.compile(rb'"(written|finished)": "[^"]*"')
+_PASSING = re.compile(rb'"(written|finished|source)": "[^"]*"')
 METRES = "+proj=laea +lat_0=38 +lon_0=-98 +units=m +a=6370997.0 +ellps=sphere"
 
 
@@ -22,13 +22,14 @@ def built(plan: Plan, url: str) -> Archive:
     store.create(url, plan.groups, config=plan.config, shards=len(plan.shards), contents=plan.contents)
     for number, shard in enumerate(plan.shards):
         prepare.write_shard(number, shard, url)
-    store.complete(url, {"counts": {}, "quarantine": store.quarantined(url)})
+    counts = {"series": plan.series, "frames": plan.frames, "dropped": dict(plan.dropped)}
+    store.complete(url, {"counts": counts, "quarantine": store.quarantined(url)})
     return store.open_archive(url)
 
 
 def timeless(files: Mapping[str, bytes]) -> dict[str, bytes]:
-    """The files of a store without the time of day, which is in its records."""
-    return {n: _TIME.sub(b"", text) if n.startswith("records/") else text for n, text in files.items()}
+    """The files of a store without what its records say of when, and from which folder, it was made."""
+    return {n: _PASSING.sub(b"", text) if n.startswith("records/") else text for n, text in files.items()}
 
 
 def bare(url: str, kind: str, root: xr.Dataset, quarantine: tuple[str, ...] = ()) -> Archive:

@@ -60,6 +60,8 @@ class Decoded(NamedTuple):
     bad: list[Bad]
     sources: Mapping[str, Sequence[Source]]
     """By series."""
+    folder: str
+    """URL of the raw archive."""
 
 
 class Shard(Protocol):
@@ -87,7 +89,7 @@ class BrokenFile:
 
     def decode(self) -> Decoded:
         """Nothing to write."""
-        return Decoded([], [Bad(self.file, self.file, self.reason)], {})
+        return Decoded([], [Bad(self.file, self.file, self.reason)], {}, "")
 
 
 @dataclass(frozen=True)

@@ -219,7 +219,9 @@ class EnsoShard:
             sst, nino = np.full(shape, np.nan, np.float32), np.full(self.months, np.nan, np.float32)
             bad = [Bad(self.name, self.files[0], why(error))]
         sources = {self.name: [Source(file, []) for file in self.files]}
-        return Decoded([Region("", region, {"sst": sst[None], "nino34": nino[None]})], bad, sources)
+        return Decoded(
+            [Region("", region, {"sst": sst[None], "nino34": nino[None]})], bad, sources, self.folder
+        )
 
     def _read(self) -> tuple[np.ndarray, np.ndarray]:
         if self.file not in ("CMIP", "SODA"):

@@ -177,8 +177,9 @@ class RadarShard:
         except UNREADABLE as error:
             rate = np.full(shape, FILL, np.uint16)
             bad = [Bad(self.name, _file(self.url), why(error))]
-        sources = {self.name: [Source(_file(self.url), [])]}
-        return Decoded([Region(self.name, region, {"rate": rate})], bad, sources)
+        file = _file(self.url)
+        folder, regions = "".join(self.url.rsplit(file, 1)), [Region(self.name, region, {"rate": rate})]
+        return Decoded(regions, bad, {self.name: [Source(file, [])]}, folder)
 
 
 @contextmanager

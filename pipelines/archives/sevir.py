@@ -351,7 +351,7 @@ class SevirShard:
                 for name, values in arrays.items():
                     values[place] = MODALITIES[name].missing
         region = {"event": slice(self.start, self.start + len(self.events))}
-        return Decoded([Region("", region, arrays)], list(bad.values()), sources)
+        return Decoded([Region("", region, arrays)], list(bad.values()), sources, self.source)
 
     def _by_file(self, name: str) -> dict[str, list[_Row]]:
         files: dict[str, list[_Row]] = {}

@@ -242,7 +242,7 @@ def write_record(url: str, shard: int, record: Mapping[str, Any]) -> None:
             what it is made of may change, `identity`.
     """
     said = {"code_version": version("earthformer-ray"), "written": _now()}
-    write_json(url, _record_name(shard), {**record, **said})
+    write_json(url, _record_name(shard), {**record, **said}, indent=None)
 
 
 def _record_name(shard: int) -> str:
@@ -520,6 +520,10 @@ def _crc32(values: np.ndarray) -> int:
 
 
 def _selection(stored: zarr.Array, region: Mapping[str, slice]) -> tuple[slice, ...]:
+    return tuple(region.get(name, slice(None)) for name in dimensions(stored))
+
+
+def dimensions(stored: zarr.Array) -> list[str]:
+    """Names of a variable's dimensions."""
     assert isinstance(stored.metadata, ArrayV3Metadata)
-    names = stored.metadata.dimension_names or ()
-    return tuple(region.get(str(name), slice(None)) for name in names)
+    return [str(name) for name in stored.metadata.dimension_names or ()]

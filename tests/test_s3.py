@@ -1,0 +1,154 @@
+"""Object storage: what is at s3:// is what is on a disk, whatever goes wrong on the way."""
+
+import re
+import sys
+
+import fsspec
+import numpy as np
+import pytest
+import s3fs
+import xarray as xr
+from tiny_archive import built, timeless
+from tiny_faults import faults
+
+from pipelines import cli, storage
+from pipelines.archives import checks, radar, sevir, store, synthetic
+from pipelines.prepare import prepare
+
+EVENTS = 6
+RAW = "s3://public/sevir"
+
+
+@pytest.fixture(scope="module")
+def raw(tmp_path_factory, s3):
+    """A raw archive, here and at `RAW`."""
+    folder = tmp_path_factory.mktemp("s3") / "sevir"
+    synthetic.write_sevir(folder, events=EVENTS, seed=6, size=192, modalities=("vil", "lght"))
+    fsspec.filesystem("s3").put(str(folder), RAW, recursive=True)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def local(tmp_path_factory, raw, ray_cluster):
+    """An archive of it, an event a shard."""
+    url = str(tmp_path_factory.mktemp("local") / "a.zarr")
+    prepare("sevir", str(raw), url, modalities=("vil", "lght"), shard_mb=0, progress=False)
+    return url
+
+
+def forget() -> None:
+    """Nothing that was learned of buckets and servers holds."""
+    storage._is_public.cache_clear()
+    s3fs.S3FileSystem.clear_instance_cache()
+
+
+@pytest.fixture
+def ask(monkeypatch):
+    """Have S3 asked in another way from now on: at another endpoint, with another key, or with none."""
+
+    def otherwise(**environment: str | None) -> None:
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value) if value else monkeypatch.delenv(name)
+        forget()
+
+    yield otherwise
+    monkeypatch.undo()
+    forget()
+
+
+def files(url: str) -> dict[str, bytes]:
+    fs, path = storage.fresh(url)
+    return timeless({n.removeprefix(f"{path}/"): fs.cat_file(n) for n in fs.find(path)})
+
+
+def assert_same(url: str, other: str) -> None:
+    ours, theirs = files(url), files(other)
+    assert ours.keys() == theirs.keys()
+    assert [name for name in ours if ours[name] != theirs[name]] == []
+
+
+def test_an_archive_is_the_same_there(raw, local):
+    url = "s3://private/a.zarr"
+    prepare("sevir", RAW, url, modalities=("vil", "lght"), shard_mb=0, progress=False)
+    assert checks.validate(url) == []
+    assert_same(url, local)
+    xr.testing.assert_identical(xr.open_zarr(url).load(), xr.open_zarr(local).load())
+
+
+def test_a_public_bucket_is_read_without_a_key(raw, local, ask):
+    ask(AWS_ACCESS_KEY_ID=None, AWS_SECRET_ACCESS_KEY=None)
+    assert sevir.plan(RAW).series == EVENTS
+    # Or where one's own key is of no use.
+    ask(AWS_ACCESS_KEY_ID="another", AWS_SECRET_ACCESS_KEY="another")
+    regions, bad, sources, _ = sevir.plan(RAW).shards[0].decode()
+    assert bad == []
+    assert np.array_equal(regions[0].arrays["vil"], store.Archive(local).array("", "vil")[:])
+    assert set(sources) == {str(event) for event in store.Archive(local).root["event"].values}
+
+
+def refused(capfd, *arguments: str) -> str:
+    """The one line of a refusal."""
+    capfd.readouterr()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["earthformer", *arguments])
+        with pytest.raises(SystemExit) as left:
+            cli.main()
+    said = capfd.readouterr().err
+    assert left.value.code == 2
+    assert re.fullmatch(r"error: [^\n]+\n", said), said
+    return said
+
+
+def test_what_cannot_be_reached_is_one_line(raw, ask, capfd, monkeypatch):
+    once = {"config_kwargs": {"retries": {"mode": "standard", "max_attempts": 1}}}
+    monkeypatch.setitem(fsspec.config.conf, "s3", once)
+    ask()
+    assert "s3://nobody-has-this/a.zarr is not a store" in refused(
+        capfd, "validate", "s3://nobody-has-this/a.zarr"
+    )
+    arguments = ["prepare", "sevir", "--source", "s3://private/none", "--archive", "s3://private/b.zarr"]
+    assert "s3://private/none/CATALOG.csv is absent" in refused(capfd, *arguments)
+    ask(AWS_ACCESS_KEY_ID="another")
+    assert "PermissionError" in refused(capfd, "validate", "s3://private/a.zarr")
+    ask(AWS_ENDPOINT_URL="http://127.0.0.1:9")
+    assert "127.0.0.1:9" in refused(capfd, "validate", "s3://private/a.zarr")
+    assert "127.0.0.1:9" in refused(
+        capfd, "prepare", "sevir", "--source", RAW, "--archive", "s3://private/b.zarr"
+    )
+
+
+def test_no_more_is_read_than_the_chunks_that_are_wanted(tmp_path, s3, ask):
+    synthetic.write_sevir(tmp_path / "big", events=8, seed=1)
+    fsspec.filesystem("s3").put(str(tmp_path / "big"), "s3://public/big", recursive=True)
+    with faults(s3.port) as proxy:
+        ask(AWS_ENDPOINT_URL=proxy.url)
+        shards = sevir.plan("s3://public/big", shard_mb=16).shards
+        before = proxy.sent
+        sources = [shard.decode().sources for shard in shards[1:3]]
+        sent = proxy.sent - before
+    needed = sum(n for of in sources for each in of.values() for source in each for _, n in source.ranges)
+    assert needed > 4_000_000
+    assert needed < sent <= 1.1 * needed
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_a_store_under_load_is_asked_again_until_all_is_there(raw, local, s3, ask, seed):
+    url = f"s3://private/faults-{seed}.zarr"
+    with faults(s3.port, share=0.25, seed=seed) as proxy:
+        ask(AWS_ENDPOINT_URL=proxy.url)
+        built(sevir.plan(RAW, modalities=("vil", "lght"), shard_mb=0), url)
+    ask(AWS_ENDPOINT_URL=s3.endpoint)
+    assert min(proxy.done[fate] for fate in ("503", "500", "stalled", "refused", "dropped")) > 0
+    assert_same(url, local)
+    assert checks.validate(url) == []
+
+
+def test_radar_is_read_there_too(tmp_path, s3):
+    synthetic.write_radar(tmp_path / "radar", sequences=2, seed=5, size=160, frames=30)
+    fsspec.filesystem("s3").put(str(tmp_path / "radar"), "s3://public/radar", recursive=True)
+    there, here = radar.plan("s3://public/radar"), radar.plan(str(tmp_path / "radar"))
+    assert there.contents == here.contents
+    for ours, theirs in zip(there.shards, here.shards, strict=True):
+        assert np.array_equal(
+            ours.decode().regions[0].arrays["rate"], theirs.decode().regions[0].arrays["rate"]
+        )
