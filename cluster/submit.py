@@ -10,7 +10,7 @@ import os
 import secrets
 import shlex
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -114,7 +114,7 @@ def send(context: typer.Context) -> None:
     """Forward the verb that was given."""
     sending: Sending = context.obj
     words = list(context.args)
-    given = parse(words)
+    given = cli.parse(words)
     check_paths(given, sending.working_dir)
     with connected(sending.address) as client:
         refuse_impossible(needs(words[0], given, sending.reserve), nodes(client.get_address()))
@@ -178,24 +178,6 @@ def list_(context: typer.Context) -> None:
 
 
 # --------------------------------------------------------------------------------------------- before
-
-
-def parse(words: Sequence[str]) -> dict[str, Any]:
-    """The options that a verb will be run with, by name.
-
-    Raises:
-        UsageError: there is no such verb or option, or a value is missing; Typer says it, with exit code 2.
-    """
-    group = typer.main.get_command(cli.app)
-    assert isinstance(group, TyperGroup)
-    context = typer.Context(group, info_name="earthformer")
-    name, command, rest = group.resolve_command(context, list(words))
-    assert command is not None
-    with command.make_context(name, rest, parent=context) as made:
-        given = dict(made.params)
-    # What kind of word each is says its place in the help.
-    given["kinds"] = {option.name: option.metavar for option in command.params}
-    return given
 
 
 def check_paths(given: dict[str, Any], working_dir: str | None) -> None:

@@ -1,6 +1,7 @@
 """The `earthformer` command: one verb a stage."""
 
 import json
+import shlex
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -11,6 +12,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+from typer.core import TyperGroup
 
 from pipelines.errors import InputError, boundary_error
 
@@ -469,6 +471,61 @@ def lineage(
         return
     for line in of.lines(found):
         console.print(escape(line), highlight=False, soft_wrap=True)
+
+
+@app.command()
+def reprocess(
+    config: Annotated[str, typer.Option(metavar="FILE", help="YAML of the campaign.")],
+    dry_run: DryRun = False,
+    prices: Prices = None,
+) -> None:
+    """Prepare archives, forecast them by several runs and score the forecasts; the same command resumes."""
+    from pipelines import reprocess as stage
+
+    todo = list(stage.steps(stage.read_campaign(config)))
+    for step in todo:
+        try:
+            parse(step.words)
+        except Exception as error:
+            # Typer has its own copy of Click, whose errors are those that know how to say themselves.
+            if not hasattr(error, "format_message"):
+                raise
+            raise InputError(f"campaign {config}: {step.words[0]}: {error.format_message()}") from error
+
+    def command(words: Sequence[str]) -> None:
+        console.print(
+            escape(f"earthformer {shlex.join(words)}"), highlight=False, soft_wrap=True, style="bold"
+        )
+        app(words, standalone_mode=False)
+
+    if not dry_run:
+        stage.run(todo, command)
+        return
+    for step in todo:
+        if missing := stage.missing(step):
+            said = f"earthformer {shlex.join(step.words)}\n  needs {', '.join(missing)}, not there yet"
+            console.print(escape(said), highlight=False, soft_wrap=True)
+        elif step.words[0] != "report":
+            priced = ("--prices", prices) if prices and step.words[0] == "prepare" else ()
+            command((*step.words, "--dry-run", *priced))
+
+
+def parse(words: Sequence[str]) -> dict[str, Any]:
+    """The options that a verb will be run with, by name.
+
+    Raises:
+        UsageError: there is no such verb or option, or a value is missing; Typer says it, with exit code 2.
+    """
+    group = typer.main.get_command(app)
+    assert isinstance(group, TyperGroup)
+    context = typer.Context(group, info_name="earthformer")
+    name, command, rest = group.resolve_command(context, list(words))
+    assert command is not None
+    with command.make_context(name, rest, parent=context) as made:
+        given = dict(made.params)
+    # What kind of word each is says its place in the help.
+    given["kinds"] = {option.name: option.metavar for option in command.params}
+    return given
 
 
 def main(command: Callable[[], None] = app) -> None:

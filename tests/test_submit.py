@@ -10,6 +10,7 @@ from tiny_cluster import cluster
 
 from cluster import submit as stage
 from cluster.capacity import Need, refuse_impossible
+from pipelines import cli
 from pipelines.archives import checks, synthetic
 from pipelines.errors import InputError
 
@@ -136,11 +137,11 @@ def test_a_cluster_that_is_not_there_or_wants_its_token_is_one_line(nodes):
 def test_files_that_a_verb_names_are_sent_along(tmp_path):
     (tmp_path / "e.yaml").write_text("[]")
     words = ["forecast", "--run", "s3://a/r", "--archive", "/a/b", "--out", "s3://a/f", "--events", "e.yaml"]
-    given = stage.parse(words)
+    given = cli.parse(words)
     stage.check_paths(given, str(tmp_path))
     with pytest.raises(InputError, match="is not in /: needed --working-dir FOLDER with it"):
         stage.check_paths(given, "/")
-    chained = stage.parse(["inspect", "zip://::raw.zip"])
+    chained = cli.parse(["inspect", "zip://::raw.zip"])
     with pytest.raises(InputError, match=r"--url zip://::raw\.zip lies here"):
         stage.check_paths(chained, None)
 
