@@ -121,6 +121,8 @@ def in_order(names: Iterable[str], known: Sequence[str], source: str) -> list[st
         InputError: the source has no longer what the archive holds.
     """
     found = list(names)
+    if not known:
+        return found
     gone = set(known) - set(found)
     if gone:
         raise InputError(

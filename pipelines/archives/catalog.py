@@ -1,7 +1,7 @@
 """SEVIR's catalogue: a row for each event and modality, read, repaired, and selected from."""
 
-import io
 import warnings
+from collections import defaultdict
 from collections.abc import Sequence
 from functools import reduce
 
@@ -19,7 +19,8 @@ NUMBERS = (
     *("file_index", "episode_id", "event_id", "llcrnrlat", "llcrnrlon", "urcrnrlat", "urcrnrlon"),
     *("size_x", "size_y", "height_m", "width_m", "data_min", "data_max", "pct_missing"),
 )
-"""The published columns are NEEDED, TEXTS, NUMBERS, `minute_offsets` and `proj`; spreadsheets add others."""
+REPEATED = ("file_name", "event_type", "img_type", "minute_offsets", "proj")
+"""The published columns are NEEDED, TEXTS, NUMBERS and REPEATED; spreadsheets add others."""
 MONTH_FIRST = (
     *("%m/%d/%y %H:%M", "%m/%d/%Y %H:%M", "%m/%d/%y %H:%M:%S", "%m/%d/%Y %H:%M:%S"),
     "%Y-%m-%d %H:%M",
@@ -40,22 +41,13 @@ def read_catalog(source: str) -> pd.DataFrame:
         InputError: no catalogue, one without a column that is needed, or one with days before months.
     """
     url = source if source.endswith(".csv") else join(source, "CATALOG.csv")
-    fs, path = filesystem(url)
-    try:
-        text = fs.cat_file(path)
-    except OSError as error:
-        found = "is absent" if isinstance(error, FileNotFoundError) else f"cannot be read ({why(error)})"
-        raise InputError(f"{url} {found}: needed the SEVIR folder, of CATALOG.csv and data/") from error
-    try:
-        raw = pd.read_csv(io.BytesIO(text), dtype=str)
-    except (UnicodeDecodeError, pd.errors.ParserError, pd.errors.EmptyDataError) as error:
-        raise InputError(f"{url} is not a CSV table: {why(error)}") from error
+    raw = _read_text(url)
     absent = [name for name in NEEDED if name not in raw.columns]
     if absent:
         raise InputError(f"{url} has no column {absent[0]}: needed {', '.join(NEEDED)}")
-    table = raw.copy()
+    table = raw.copy(deep=False)
     table["time_utc"] = _times(raw["time_utc"], url)
-    table["proj"] = _projections(raw["proj"], url) if "proj" in raw else PROJ
+    table["proj"] = _projections(raw["proj"] if "proj" in raw else pd.Series(PROJ, raw.index), url)
     for name in set(NUMBERS) & set(raw.columns):
         table[name] = pd.to_numeric(raw[name], errors="coerce").astype(float)
     table["file_index"] = table["file_index"].where(table["file_index"] % 1 == 0)
@@ -69,6 +61,21 @@ def read_catalog(source: str) -> pd.DataFrame:
             stacklevel=2,
         )
     return table
+
+
+def _read_text(url: str) -> pd.DataFrame:
+    """All cells of the published columns as text; those of columns with few different ones are held once."""
+    known = {*NEEDED, *TEXTS, *NUMBERS, *REPEATED}
+    fs, path = filesystem(url)
+    try:
+        with fs.open(path, "rb") as file:
+            kinds = defaultdict(lambda: "str", dict.fromkeys(REPEATED, "category"))
+            return pd.read_csv(file, dtype=kinds, usecols=lambda name: name in known)
+    except (UnicodeDecodeError, pd.errors.ParserError, pd.errors.EmptyDataError) as error:
+        raise InputError(f"{url} is not a CSV table: {why(error)}") from error
+    except OSError as error:
+        found = "is absent" if isinstance(error, FileNotFoundError) else f"cannot be read ({why(error)})"
+        raise InputError(f"{url} {found}: needed the SEVIR folder, of CATALOG.csv and data/") from error
 
 
 def _times(texts: pd.Series, url: str) -> pd.Series:
@@ -94,16 +101,16 @@ def _parsed(texts: pd.Series, formats: Sequence[str]) -> pd.Series:
 
 
 def _projections(texts: pd.Series, url: str) -> pd.Series:
-    counts = texts.fillna("").value_counts()
-    good = [text for text in counts.index if _is_projection(text)]
+    counts = texts.value_counts(dropna=False)
+    good = [str(text) for text in counts.index if _is_projection(str(text))]
     broken = counts.drop(good)
-    if len(broken):
+    if broken.sum():
         warnings.warn(
             f"{url} has proj {broken.index[0]!r} in {broken.sum()} rows: SEVIR's own is taken", stacklevel=3
         )
     if len(good) > 1:
         warnings.warn(f"{url} has proj {good[0]!r} and {good[1]!r}: the first is taken for all", stacklevel=3)
-    return pd.Series(good[0] if good else PROJ, index=texts.index)
+    return pd.Series(good[0] if good else PROJ, index=texts.index, dtype="category")
 
 
 def _is_projection(text: str) -> bool:

@@ -5,7 +5,8 @@ is (event, time, y, x), in raw units. SEVIR-LR (Gao et al., PreDiff, NeurIPS 202
 second frame and takes the maximum of 3 × 3 pixels.
 """
 
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -122,23 +123,30 @@ def plan(
             f"{source} has no event with one whole row of {', '.join(modalities)} among {len(catalog)} "
             "catalogue rows" + "".join(f", {n} {reason}" for reason, n in dropped.items())
         )
+    by_type = {name: kept[kept["img_type"] == name] for name in modalities}
     # Neighbours in the archive are neighbours in the raw files.
-    first = kept[kept["img_type"] == modalities[0]].sort_values(["file_name", "file_index"], kind="stable")
+    first = by_type[modalities[0]].sort_values(["file_name", "file_index"], kind="stable")
     ids = in_order(first["id"].astype(object), known, source)
-    by_type = {name: kept[kept["img_type"] == name].set_index("id").loc[ids] for name in modalities}
+    by_type = {name: rows.iloc[pd.Index(rows["id"]).get_indexer(ids)] for name, rows in by_type.items()}
     raw = {name: _grid(by_type[name], name) for name in modalities}
     grids = {name: lowered(grid) for name, grid in raw.items()} if low_resolution else raw
     stored, decoded = _event_bytes(grids), _event_bytes(raw)
     each = max(1, min(32, shard_mb * 1_000_000 // stored))
     folder = (source.rpartition("/")[0] or ".") if source.endswith(".csv") else source.rstrip("/")
-    places = [_places(rows) for rows in by_type.values()]
-    events = [
-        (event, dict(zip(modalities, rows, strict=True))) for event, *rows in zip(ids, *places, strict=True)
-    ]
+    files = {name: _texts(rows["file_name"]) for name, rows in by_type.items()}
+    rows_of = {name: rows["file_index"].astype(int).tolist() for name, rows in by_type.items()}
     kind = "sevir-lr" if low_resolution else "sevir"
+
+    def shard(start: int) -> SevirShard:
+        some = slice(start, start + each)
+        places = {
+            name: tuple(zip(files[name][some], rows_of[name][some], strict=True)) for name in modalities
+        }
+        return SevirShard(folder, start, tuple(ids[some]), places, raw, low_resolution)
+
     return Plan(
         kind=kind,
-        groups={"": _template(by_type[modalities[0]].reset_index(), grids, each, kind)},
+        groups={"": _template(by_type[modalities[0]], ids, grids, each, kind)},
         config={
             "kind": kind,
             "modalities": list(modalities),
@@ -146,10 +154,7 @@ def plan(
             "shard_events": each,
         },
         contents=_contents(ids, by_type),
-        shards=tuple(
-            SevirShard(folder, start, tuple(events[start : start + each]), raw, low_resolution)
-            for start in range(0, len(ids), each)
-        ),
+        shards=tuple(map(shard, range(0, len(ids), each))),
         series=len(ids),
         frames=len(ids) * grids[modalities[0]][0],
         stored_bytes=stored * len(ids),
@@ -158,11 +163,10 @@ def plan(
     )
 
 
-def _places(rows: pd.DataFrame) -> list[tuple[str, int]]:
-    """File and row of each event; one text for each file, however many events it holds."""
-    codes, files = pd.factorize(rows["file_name"])
-    names = [str(name) for name in files]
-    return [(names[code], index) for code, index in zip(codes, rows["file_index"].astype(int), strict=True)]
+def _texts(column: pd.Series) -> np.ndarray:
+    """A column as an array of objects, one for each different text however often it occurs."""
+    codes, texts = pd.factorize(column)
+    return np.array([*map(str, texts), ""], object)[codes]
 
 
 def _contents(ids: Sequence[str], by_type: dict[str, pd.DataFrame]) -> dict[str, str]:
@@ -170,7 +174,7 @@ def _contents(ids: Sequence[str], by_type: dict[str, pd.DataFrame]) -> dict[str,
 
     Tells apart archives whose events bear the same names, such as synthetic ones of two seeds.
     """
-    published = dict.fromkeys((*NEEDED, *TEXTS, *NUMBERS))
+    published = [name for name in dict.fromkeys((*NEEDED, *TEXTS, *NUMBERS)) if name != "id"]
     digests = [
         pd.util.hash_pandas_object(rows[[name for name in published if name in rows]], index=False)
         for rows in by_type.values()
@@ -207,11 +211,14 @@ def _usual(rows: pd.DataFrame, column: str, otherwise: int) -> int:
 def _minutes(rows: pd.DataFrame) -> np.ndarray:
     """Minutes of every frame relative to `time_utc`, (event, time); the nominal ones where damaged."""
     texts = rows["minute_offsets"] if "minute_offsets" in rows else pd.Series(np.nan, index=rows.index)
-    parsed = [_parse_minutes(str(text)) for text in texts]
-    lengths = [len(minutes) for minutes in parsed if minutes]
-    usual = max(set(lengths), key=lengths.count) if lengths else FRAMES
+    codes, different = pd.factorize(texts)
+    # The last one is for events without.
+    parsed = [*(_parse_minutes(str(text)) for text in different), []]
+    counts = Counter(len(parsed[code]) for code in codes)
+    del counts[0]
+    usual = counts.most_common(1)[0][0] if counts else FRAMES
     nominal = [FIRST_MINUTE + FRAME_MINUTES * frame for frame in range(usual)]
-    return np.array([minutes if len(minutes) == usual else nominal for minutes in parsed])
+    return np.array([minutes if len(minutes) == usual else nominal for minutes in parsed])[codes]
 
 
 def _parse_minutes(text: str) -> list[int]:
@@ -221,14 +228,16 @@ def _parse_minutes(text: str) -> list[int]:
         return []
 
 
-def _template(first: pd.DataFrame, grids: dict[str, Grid], each: int, kind: str) -> xr.Dataset:
+def _template(
+    first: pd.DataFrame, ids: list[str], grids: dict[str, Grid], each: int, kind: str
+) -> xr.Dataset:
     step = 2 if kind == "sevir-lr" else 1
     minutes = _minutes(first)[:, ::step]
     nominal = np.arange(minutes.shape[1]) * FRAME_MINUTES * step + FIRST_MINUTE
     times = first["time_utc"].to_numpy()[:, None] + minutes.astype("timedelta64[m]")
     crs = pyproj.CRS.from_proj4(str(first["proj"].iloc[0]))
     coords: dict[str, Any] = {
-        "event": ("event", first["id"].to_numpy(str), {"long_name": "SEVIR event id"}),
+        "event": ("event", np.array(ids, object), {"long_name": "SEVIR event id"}),
         "time": (
             "time",
             nominal.astype("timedelta64[m]").astype("timedelta64[ns]"),
@@ -242,7 +251,7 @@ def _template(first: pd.DataFrame, grids: dict[str, Grid], each: int, kind: str)
     of = {"long_name": f"catalogue column, of the event's {first['img_type'].iloc[0]}"}
     for name in TEXTS:
         if name in first:
-            coords[name] = ("event", first[name].fillna("").to_numpy(str), of)
+            coords[name] = ("event", _texts(first[name]), of)
     for name in NUMBERS:
         if name in first:
             numbers = first[name].to_numpy()
@@ -298,7 +307,7 @@ def _origins(first: pd.DataFrame, crs: pyproj.CRS) -> dict[str, Any]:
 # --------------------------------------------------------------------------------------------- decode
 
 
-class _Row(NamedTuple):
+class Row(NamedTuple):
     """An event of a shard, and where it lies in its file."""
 
     place: int
@@ -306,7 +315,7 @@ class _Row(NamedTuple):
     file_index: int
 
 
-_Found = tuple[_Row, np.ndarray | Exception, list[hdf5.Range]]
+_Found = tuple[Row, np.ndarray | Exception, list[hdf5.Range]]
 """Frames (time, y, x), or what is wrong with them, and the bytes of the file that they lie in."""
 
 
@@ -318,8 +327,9 @@ class SevirShard:
     """Folder that holds `data/`."""
     start: int
     """Index of the first event."""
-    events: tuple[tuple[str, dict[str, tuple[str, int]]], ...]
-    """(id, modality to (file_name, file_index))."""
+    events: tuple[str, ...]
+    places: Mapping[str, tuple[tuple[str, int], ...]]
+    """Modality to file_name and file_index of each event."""
     raw: dict[str, Grid]
     """What an event of each modality is to be in its file."""
     low_resolution: bool
@@ -327,7 +337,7 @@ class SevirShard:
     @property
     def identity(self) -> list[Any]:
         """What the shard is made of."""
-        return [self.start, [[event, rows] for event, rows in self.events]]
+        return [self.start, self.events, dict(self.places)]
 
     def decode(self) -> Decoded:
         """Read the events; those that cannot be read are filled with the missing value and listed."""
@@ -337,30 +347,30 @@ class SevirShard:
             for name, grid in grids.items()
         }
         bad: dict[str, Bad] = {}
-        sources: dict[str, list[Source]] = {event: [] for event, _ in self.events}
+        sources: dict[str, list[Source]] = {event: [] for event in self.events}
         for name in self.raw:
-            for file_name, rows in self._by_file(name).items():
+            for file_name, rows in self.by_file(name).items():
                 for row, found, ranges in self._read(name, file_name, rows):
                     try:
                         arrays[name][row.place] = self._fitted(name, row, found)
                     except UNREADABLE as error:
                         bad.setdefault(row.event, Bad(row.event, file_name, why(error)))
                     sources[row.event].append(Source(f"data/{file_name}", ranges))
-        for place, (event, _) in enumerate(self.events):
+        for place, event in enumerate(self.events):
             if event in bad:
                 for name, values in arrays.items():
                     values[place] = MODALITIES[name].missing
         region = {"event": slice(self.start, self.start + len(self.events))}
         return Decoded([Region("", region, arrays)], list(bad.values()), sources, self.source)
 
-    def _by_file(self, name: str) -> dict[str, list[_Row]]:
-        files: dict[str, list[_Row]] = {}
-        for place, (event, rows) in enumerate(self.events):
-            file_name, index = rows[name]
-            files.setdefault(file_name, []).append(_Row(place, event, index))
+    def by_file(self, name: str) -> dict[str, list[Row]]:
+        """Where the events of a modality lie."""
+        files: dict[str, list[Row]] = {}
+        for place, (event, (file_name, index)) in enumerate(zip(self.events, self.places[name], strict=True)):
+            files.setdefault(file_name, []).append(Row(place, event, index))
         return files
 
-    def _read(self, name: str, file_name: str, rows: list[_Row]) -> Iterator[_Found]:
+    def _read(self, name: str, file_name: str, rows: list[Row]) -> Iterator[_Found]:
         url = join(self.source, f"data/{file_name}")
         try:
             with readable(url, METADATA_BLOCK) as opened, h5py.File(opened, "r") as file:
@@ -376,7 +386,7 @@ class SevirShard:
             for index, values in hdf5.read_rows(url, layout):
                 yield of[index], _turned(values), layout.ranges(index)
 
-    def _fitted(self, name: str, row: _Row, found: np.ndarray | Exception) -> np.ndarray:
+    def _fitted(self, name: str, row: Row, found: np.ndarray | Exception) -> np.ndarray:
         if isinstance(found, Exception):
             raise found
         grid = self.raw[name]
@@ -388,11 +398,11 @@ class SevirShard:
 
 
 def _located(
-    file: h5py.File, name: str, rows: list[_Row], grid: Grid
+    file: h5py.File, name: str, rows: list[Row], grid: Grid
 ) -> tuple[list[_Found], hdf5.Layout | None]:
     """Events that HDF5 has to read, or that are bad, and where in the file the others lie."""
     found: list[_Found] = []
-    sound: list[_Row] = []
+    sound: list[Row] = []
     for row in rows:
         try:
             if name == "lght":
@@ -422,7 +432,7 @@ def _by_hdf5(dataset: h5py.Dataset, index: int) -> np.ndarray | Exception:
         return error
 
 
-def _check_frames(file: h5py.File, name: str, row: _Row) -> None:
+def _check_frames(file: h5py.File, name: str, row: Row) -> None:
     dataset = file.get(name)
     if not isinstance(dataset, h5py.Dataset):
         raise KeyError(f"no dataset {name!r}, found {', '.join(list(file)[:5])}")

@@ -160,7 +160,7 @@ def create(
     if not there or read_json(url, CONFIG) != _as_json(asked):
         reopen(url)
         try:
-            write_json(url, CONTENTS, contents)
+            write_json(url, CONTENTS, contents, indent=None)
             write_json(url, CONFIG, asked)
         except (NotImplementedError, ValueError) as error:  # an archive of files opened to be read, the web
             raise InputError(f"{url} cannot be written to: needed a URL of a file system that can") from error

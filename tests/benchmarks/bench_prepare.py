@@ -52,9 +52,15 @@ def bare_shard(job: Job) -> float:
 def jobs(source: str, archive: str) -> list[Job]:
     """The shards of `prepare`'s own plan, without its records, checks and quarantine."""
     planned = sevir.plan(source, shard_mb=SHARD_MB)
-    store.create(archive, planned.groups, config=planned.config, shards=len(planned.shards))
+    store.create(
+        archive,
+        planned.groups,
+        config=planned.config,
+        shards=len(planned.shards),
+        contents=planned.contents,
+    )
     return [
-        (source, archive, shard.start, [rows["vil"] for _, rows in shard.events])
+        (source, archive, shard.start, list(shard.places["vil"]))
         for shard in planned.shards
         if isinstance(shard, sevir.SevirShard)
     ]
