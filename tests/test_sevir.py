@@ -428,7 +428,7 @@ def test_other_spreadsheet_times(tmp_path, time, read):
     ("column", "value", "told"),
     [
         ("time_utc", "soon", "time_utc 'soon'"),
-        ("file_index", "2.5", "file_index '2.5'"),
+        ("file_index", "2.5", "file_index 2.5"),
         ("file_index", "#REF!", "file_index '#REF!'"),
         ("pct_missing", "", "pct_missing nan"),
         ("file_name", "", "file_name nan"),

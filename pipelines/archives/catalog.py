@@ -1,7 +1,6 @@
 """SEVIR's catalogue: a row for each event and modality, read, repaired, and selected from."""
 
 import warnings
-from collections import defaultdict
 from collections.abc import Sequence
 from functools import reduce
 
@@ -55,22 +54,22 @@ def read_catalog(source: str) -> pd.DataFrame:
     if damaged.any():
         row = int(damaged.any(axis=1).argmax())
         column = NEEDED[int(damaged[row].argmax())]
+        cell = raw[column].iloc[row]
         warnings.warn(
             f"{url}: {damaged.any(axis=1).sum()} rows have a cell that cannot be read and are left out, "
-            f"the first (id {raw['id'].iloc[row]}) for {column} {raw[column].iloc[row]!r}",
+            f"the first (id {raw['id'].iloc[row]}) for {column} {repr(cell) if isinstance(cell, str) else cell}",
             stacklevel=2,
         )
     return table
 
 
 def _read_text(url: str) -> pd.DataFrame:
-    """All cells of the published columns as text; those of columns with few different ones are held once."""
-    known = {*NEEDED, *TEXTS, *NUMBERS, *REPEATED}
+    """The published columns: numbers where all cells are, else text, which is held once where it repeats."""
+    texts = dict.fromkeys({*NEEDED, *TEXTS} - {*NUMBERS}, "str") | dict.fromkeys(REPEATED, "category")
     fs, path = filesystem(url)
     try:
         with fs.open(path, "rb") as file:
-            kinds = defaultdict(lambda: "str", dict.fromkeys(REPEATED, "category"))
-            return pd.read_csv(file, dtype=kinds, usecols=lambda name: name in known)
+            return pd.read_csv(file, dtype=texts, usecols=lambda name: name in texts or name in NUMBERS)
     except (UnicodeDecodeError, pd.errors.ParserError, pd.errors.EmptyDataError) as error:
         raise InputError(f"{url} is not a CSV table: {why(error)}") from error
     except OSError as error:

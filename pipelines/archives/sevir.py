@@ -26,6 +26,8 @@ MISSING = 255
 EXTENT_M = 384_000.0
 FRAMES = 49
 FRAME_MINUTES = 5
+TIMES_EVENTS = 1 << 16
+"""Events whose frames' times are held at once."""
 FIRST_MINUTE = -120
 """Frames lie from two hours before `time_utc` to two hours after."""
 
@@ -200,7 +202,7 @@ def _grid(rows: pd.DataFrame, name: str) -> Grid:
     size = MODALITIES[name].size
     # Flashes are given on 48 × 48 pixels, whatever the catalogue says.
     height, width = (size if name == "lght" else _usual(rows, c, size) for c in ("size_y", "size_x"))
-    return _minutes(rows).shape[1], height, width
+    return _minutes(rows)[0].shape[1], height, width
 
 
 def _usual(rows: pd.DataFrame, column: str, otherwise: int) -> int:
@@ -208,8 +210,11 @@ def _usual(rows: pd.DataFrame, column: str, otherwise: int) -> int:
     return int(values.mode().iloc[0]) if len(values) else otherwise
 
 
-def _minutes(rows: pd.DataFrame) -> np.ndarray:
-    """Minutes of every frame relative to `time_utc`, (event, time); the nominal ones where damaged."""
+def _minutes(rows: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
+    """Minutes of the frames relative to `time_utc`, (kinds, time), and which kind each event is of, (event,).
+
+    The nominal ones where the catalogue is damaged.
+    """
     texts = rows["minute_offsets"] if "minute_offsets" in rows else pd.Series(np.nan, index=rows.index)
     codes, different = pd.factorize(texts)
     # The last one is for events without.
@@ -218,7 +223,8 @@ def _minutes(rows: pd.DataFrame) -> np.ndarray:
     del counts[0]
     usual = counts.most_common(1)[0][0] if counts else FRAMES
     nominal = [FIRST_MINUTE + FRAME_MINUTES * frame for frame in range(usual)]
-    return np.array([minutes if len(minutes) == usual else nominal for minutes in parsed])[codes]
+    kinds = np.array([minutes if len(minutes) == usual else nominal for minutes in parsed])
+    return kinds, codes % len(kinds)
 
 
 def _parse_minutes(text: str) -> list[int]:
@@ -232,9 +238,22 @@ def _template(
     first: pd.DataFrame, ids: list[str], grids: dict[str, Grid], each: int, kind: str
 ) -> xr.Dataset:
     step = 2 if kind == "sevir-lr" else 1
-    minutes = _minutes(first)[:, ::step]
-    nominal = np.arange(minutes.shape[1]) * FRAME_MINUTES * step + FIRST_MINUTE
-    times = first["time_utc"].to_numpy()[:, None] + minutes.astype("timedelta64[m]")
+    kinds, kind_of = _minutes(first)
+    kinds = kinds[:, ::step].astype("timedelta64[m]").astype("timedelta64[ns]")
+    nominal = np.arange(kinds.shape[1]) * FRAME_MINUTES * step + FIRST_MINUTE
+    # Of a million events they are too many to be held.
+    utc, of = (
+        dask.array.from_array(values, chunks=TIMES_EVENTS)
+        for values in (first["time_utc"].to_numpy("datetime64[ns]"), kind_of)
+    )
+    times = dask.array.map_blocks(
+        lambda utc, of: utc[:, None] + kinds[of],
+        utc,
+        of,
+        dtype="datetime64[ns]",
+        chunks=(utc.chunks[0], (kinds.shape[1],)),
+        new_axis=1,
+    )
     crs = pyproj.CRS.from_proj4(str(first["proj"].iloc[0]))
     coords: dict[str, Any] = {
         "event": ("event", np.array(ids, object), {"long_name": "SEVIR event id"}),
@@ -244,7 +263,7 @@ def _template(
             {"long_name": "nominal time relative to time_utc"},
         ),
         "time_utc": ("event", first["time_utc"].to_numpy(), {"long_name": "reference time of the event"}),
-        "frame_time": (("event", "time"), times.astype("datetime64[ns]"), {"standard_name": "time"}),
+        "frame_time": (("event", "time"), times, {"standard_name": "time"}),
         "crs": ((), np.int32(0), {**crs.to_cf(), "proj4": str(first["proj"].iloc[0])}),
         **_origins(first, crs),
     }

@@ -28,8 +28,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import version
 from types import MappingProxyType
-from typing import Any
+from typing import Any, cast
 
+import dask.array
 import numpy as np
 import xarray as xr
 import zarr
@@ -53,6 +54,7 @@ from pipelines.storage import (
 CONFIG, CONTENTS, TEMPLATE, COMPLETE = (
     f"records/{name}.json" for name in ("config", "contents", "template", "complete")
 )
+SECONDS = {"units": "seconds since 1970-01-01", "dtype": "int64"}
 NO_SERIES: Mapping[str, str] = MappingProxyType({})
 
 
@@ -139,8 +141,9 @@ def create(
 
     Args:
         url: where; any fsspec URL or a local path.
-        groups: group name ("" is the root) to a Dataset whose coordinates are written and whose dask
-            variables are only laid out. A variable's `encoding` may hold `chunks` and `shards`.
+        groups: group name ("" is the root) to a Dataset whose coordinates are written, part after part those
+            that are dask's, and whose dask variables are only laid out. A variable's `encoding` may hold
+            `chunks` and `shards`.
         config: what decides the store's layout.
         shards: how many shards make the store.
         contents: name of each series to what it is made of. A store whose series are the first of these
@@ -181,6 +184,9 @@ def _write_template(url: str, groups: Mapping[str, xr.Dataset], digest: str) -> 
         for name, dataset in groups.items():
             dataset = _with_plain_strings(dataset)
             encoding = {str(v): _encoding(dataset[v]) for v in dataset.data_vars if dataset[v].chunks}
+            # Of these coordinates, which are times, xarray lays out no more than of variables.
+            times = {str(c): dataset[c].variable.copy() for c in dataset.coords if dataset[c].chunks}
+            encoding |= dict.fromkeys(times, SECONDS)
             dataset.drop_encoding().to_zarr(
                 scratch,
                 group=name or None,
@@ -190,6 +196,10 @@ def _write_template(url: str, groups: Mapping[str, xr.Dataset], digest: str) -> 
                 consolidated=False,
                 zarr_format=3,
             )
+            for part, variable in times.items():
+                variable.encoding = dict(SECONDS)
+                encoded = xr.conventions.encode_cf_variable(variable).data
+                dask.array.store(encoded, cast(Any, _array(root, f"{name}/{part}".lstrip("/"))), lock=False)
         zarr.consolidate_metadata(root.store)
     names = [name.removeprefix(f"{folder}/") for name in memory.find(folder)]
     written = {name: memory.cat_file(f"{folder}/{name}") for name in names}
