@@ -4,7 +4,6 @@ import contextlib
 import logging
 import os
 import secrets
-import sys
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -13,15 +12,8 @@ from typing import Any, cast
 import ray
 import ray.data
 import ray.exceptions
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 
+from pipelines import telemetry
 from pipelines.errors import InputError
 
 OBJECT_STORE_BYTES = 1 << 30
@@ -60,24 +52,46 @@ def connect(workers: int | None = None, address: str | None = None) -> None:
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     else:
         os.environ.setdefault("RAY_AUTH_MODE", "disabled")
-    start = partial(ray.init, log_to_driver=False, logging_level=logging.ERROR)
-    if local:
-        start(
-            address="local",
-            num_cpus=max(workers or 0, cores()),
-            object_store_memory=OBJECT_STORE_BYTES,
-            include_dashboard=False,
-        )
-    else:
-        try:
-            start(address=address)
-        except ConnectionError as error:
-            raise InputError(
-                f"no Ray cluster answers at {address}: {str(error).splitlines()[0]}; needed a running "
-                "cluster and, if it asks for one, its token"
-            ) from error
+    start = partial(
+        ray.init,
+        log_to_driver=False,
+        logging_level=logging.ERROR,
+        # Of workers; what people are told here is said in words.
+        logging_config=ray.LoggingConfig(encoding="JSON", log_level="INFO"),
+    )
+    with _unlogged():
+        if local:
+            start(
+                address="local",
+                num_cpus=max(workers or 0, cores()),
+                object_store_memory=OBJECT_STORE_BYTES,
+                include_dashboard=False,
+            )
+        else:
+            try:
+                start(address=address)
+            except ConnectionError as error:
+                raise InputError(
+                    f"no Ray cluster answers at {address}: {str(error).splitlines()[0]}; needed a running "
+                    "cluster and, if it asks for one, its token"
+                ) from error
     quiet()
     _let_ray_warn_unseen()
+
+
+@contextlib.contextmanager
+def _unlogged() -> Iterator[None]:
+    """While Ray sets up the logs of workers, and this process's in the same way: it is left as it was."""
+    loggers = [logging.getLogger(name) for name in (None, "ray")]
+    kept = [(list(logger.handlers), logger.level, logger.propagate) for logger in loggers]
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(logging.NOTSET)
+        for logger, (handlers, level, propagate) in zip(loggers, kept, strict=True):
+            logger.handlers[:], logger.propagate = handlers, propagate
+            logger.setLevel(level)
 
 
 def quiet() -> None:
@@ -125,8 +139,8 @@ def cores() -> int:
     return len(os.sched_getaffinity(0))
 
 
-def track(rows: ray.data.Dataset, total: int, label: str, progress: bool = True) -> Iterator[dict[str, Any]]:
-    """The rows of a dataset as its tasks finish, under a progress bar if this is a terminal.
+def track(rows: ray.data.Dataset, total: int, stage: str, progress: bool = True) -> Iterator[dict[str, Any]]:
+    """The rows of a dataset as its tasks finish, with progress told.
 
     Raises:
         Exception: what a task raised, as itself.
@@ -134,25 +148,28 @@ def track(rows: ray.data.Dataset, total: int, label: str, progress: bool = True)
     context = rows.context
     context.enable_progress_bars = False
     context.raise_original_map_exception = True
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    shown = progress and sys.stdout.isatty()
-    with Progress(*columns, TimeRemainingColumn(), transient=True, disable=not shown) as bar:
-        task = bar.add_task(label, total=total)
-        try:
-            for row in rows.iter_rows():
-                bar.advance(task)
-                yield row
-        except ray.exceptions.RayTaskError as error:
-            if isinstance(error.cause, Exception):
-                raise error.cause from error
-            raise
+    try:
+        yield from telemetry.progress(rows.iter_rows(), total, stage, progress)
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, Exception):
+            raise error.cause from error
+        raise
+
+
+def from_anywhere(shards: Sequence[int]) -> list[int]:
+    """The same shards, beginning at any of them.
+
+    Two commands that do the same at the same time begin at different places, and so share the work.
+    """
+    first = secrets.randbelow(max(1, len(shards)))
+    return [*shards[first:], *shards[:first]]
 
 
 def replicate(
     replica: type,
     arguments: dict[str, Any],
     shards: Sequence[int],
-    label: str,
+    stage: str,
     workers: int,
     gpu: bool,
     progress: bool = True,
@@ -166,7 +183,8 @@ def replicate(
     """
     if not shards:
         return []
-    rows = ray.data.from_items([{"shard": i} for i in shards], override_num_blocks=len(shards))
+    order = from_anywhere(shards)
+    rows = ray.data.from_items([{"shard": i} for i in order], override_num_blocks=len(order))
     done = rows.map(
         cast(Any, replica),
         fn_constructor_kwargs={
@@ -179,7 +197,7 @@ def replicate(
         num_cpus=None if gpu else 0.5,
         num_gpus=1 if gpu else None,
     )
-    return list(track(done, len(shards), label, progress))
+    return list(track(done, len(shards), stage, progress))
 
 
 def absolute(url: str) -> str:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from earthformer.forecasters import Members, members_of
-from pipelines import engine, windows
+from pipelines import engine, telemetry, windows
 from pipelines.archives import store
 from pipelines.ensembles import Reduction
 from pipelines.errors import InputError
@@ -97,11 +97,12 @@ def forecast(
         engine.connect(workers)
         began = time.perf_counter()
         replica = {"planned": planned, "out": place, "batch_size": batch_size}
-        rows = engine.replicate(_Replica, replica, todo, "forecast: shards", workers, gpu, progress)
+        todo = engine.from_anywhere(todo)
+        rows = engine.replicate(_Replica, replica, todo, "forecast", workers, gpu, progress)
     seconds = time.perf_counter() - began
     if not store.is_complete(place):
         store.complete(place, {"counts": {"windows": len(planned.keys), "members": planned.ensemble.members}})
-    written = sum(len(planned.keys[planned.shard(index)]) for index in todo)
+    written = sum(row["written"] for row in rows)
     drawn, failed = (tuple(int(n) for row in rows for n in row[what]) for what in ("drawn", "failed"))
     requested, achieved = (tuple(v for row in rows for v in row[what]) for what in ("requested", "achieved"))
     return Forecasted(
@@ -133,8 +134,12 @@ class _Replica:
         self.bound = planned.bound() if planned.ensemble.reduced else None
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        planned, shard = self.planned, int(row["shard"])
+        planned, shard, began = self.planned, int(row["shard"]), time.perf_counter()
         place = planned.shard(shard)
+        nothing: dict[str, Any] = {"written": 0, "drawn": [], "failed": [], "requested": [], "achieved": []}
+        if store.is_written(self.out, shard):
+            # By the replica that this one stands in for, or by another command.
+            return nothing
         make = self._ensembles if planned.ensemble.reduced else self._fields
         values = make(range(place.start, place.stop))
         region = {"window": place}
@@ -147,8 +152,13 @@ class _Replica:
             requested = values["functional_requested"].tolist()
             each = np.ma.masked_invalid(values["functional_achieved"])
             achieved = each.mean(1).filled(np.nan).tolist()
+        size, count = sum(each.nbytes for each in values.values()), place.stop - place.start
+        seconds = time.perf_counter() - began
+        telemetry.shard_done("forecast", self.out, shard, seconds=seconds, items=count, written_bytes=size)
         return {
-            "shard": shard,
+            "written": count,
+            "items": count,
+            "bytes": size,
             "drawn": drawn,
             "failed": failed,
             "requested": requested,

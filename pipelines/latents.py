@@ -92,7 +92,7 @@ def encode(
         "versions": versions,
         "out": url,
     }
-    engine.replicate(_Encoder, replica, todo, "latents: shards", workers, gpu, progress)
+    engine.replicate(_Encoder, replica, todo, "latents", workers, gpu, progress)
     store.complete(url, {"counts": {"windows": len(keys), "versions": versions}})
 
 

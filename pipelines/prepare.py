@@ -2,7 +2,6 @@
 
 import pickle
 import resource
-import secrets
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ import pyarrow as pa
 import ray
 import ray.data
 
-from pipelines import engine
+from pipelines import engine, telemetry
 from pipelines.archives import BrokenFile, Decoded, Plan, Shard, checks, enso, radar, sevir, store
 from pipelines.costs import HOUR, Prices, Work, size
 from pipelines.errors import InputError
@@ -225,13 +224,10 @@ def _write_all(
     """Have all shards written that are not yet; how many of them by this call."""
     context = ray.data.DataContext.get_current()
     context.execution_options.preserve_order = False
-    # Two commands that run at the same time begin at different places, and so share the work.
-    first = secrets.randbelow(len(pending))
-    order = [*pending[first:], *pending[:first]]
     # A shard travels with its row, and not all of them with the function that every task loads.
     tasks = [
         pa.table({"number": numbers, "shard": [pickle.dumps(plan.shards[n]) for n in numbers]})
-        for numbers in _tasks(order, workers or int(ray.cluster_resources()["CPU"]))
+        for numbers in _tasks(engine.from_anywhere(pending), workers or int(ray.cluster_resources()["CPU"]))
     ]
     rows = ray.data.from_arrow(tasks).map(
         partial(_write_shard, archive=archive, strict=strict),
@@ -239,7 +235,7 @@ def _write_all(
         memory=memory_mb * 1_000_000 if memory_mb else None,
         concurrency=workers,
     )
-    return sum(row["written"] for row in engine.track(rows, len(pending), "prepare: shards", progress))
+    return sum(row["written"] for row in engine.track(rows, len(pending), "prepare", progress))
 
 
 def _tasks(pending: Sequence[int], workers: int) -> Iterator[Sequence[int]]:
@@ -253,12 +249,13 @@ def _tasks(pending: Sequence[int], workers: int) -> Iterator[Sequence[int]]:
 
 
 def _write_shard(row: dict[str, Any], archive: str, strict: bool) -> dict[str, Any]:
-    written = write_shard(row["number"], pickle.loads(row["shard"]), archive, strict)
-    return {"number": row["number"], "written": written}
+    return write_shard(row["number"], pickle.loads(row["shard"]), archive, strict)
 
 
-def write_shard(number: int, shard: Shard, archive: str, strict: bool = False) -> bool:
-    """Write a shard, and the record of it last; False where it is there.
+def write_shard(number: int, shard: Shard, archive: str, strict: bool = False) -> dict[str, Any]:
+    """Write a shard, and the record of it last; nothing where it is there.
+
+    Returns whether it was `written`, `items` (series) that it holds, and their `bytes` before compression.
 
     Raises:
         InputError: a series cannot be read, and `strict`.
@@ -266,7 +263,8 @@ def write_shard(number: int, shard: Shard, archive: str, strict: bool = False) -
     identity = _identity(shard)
     if store.is_written(archive, number, identity):
         # By the task that this one is the retry of, or by another command.
-        return False
+        return {"written": False, "items": 0, "bytes": 0}
+    began = time.perf_counter()
     regions, bad, sources, folder = shard.decode()
     quarantine = [{"series": b.series, "file": b.file, "reason": b.reason} for b in bad]
     if strict and bad:
@@ -283,7 +281,19 @@ def write_shard(number: int, shard: Shard, archive: str, strict: bool = False) -
         "source": folder,
     }
     store.write_record(archive, number, record)
-    return True
+    size = sum(values.nbytes for region in regions for values in region.arrays.values())
+    ranges = (each for of in sources.values() for source in of for each in source.ranges)
+    telemetry.shard_done(
+        "prepare",
+        archive,
+        number,
+        seconds=time.perf_counter() - began,
+        items=len(sources),
+        read_bytes=sum(n for _, n in ranges),
+        written_bytes=size,
+        quarantined=len(bad),
+    )
+    return {"written": True, "items": len(sources), "bytes": size}
 
 
 def _bad_line(row: dict[str, str]) -> str:

@@ -251,7 +251,7 @@ def score(
     scored = ray.data.from_items(work, override_num_blocks=len(work)).map(
         partial(_score_shard, sources=sources, blank=blank, archive=opened), num_cpus=1, concurrency=workers
     )
-    rows = list(engine.track(scored, len(work), "score: shards", progress))
+    rows = list(engine.track(scored, len(work), "score", progress))
     cards = []
     for i, card in enumerate(blank):
         # In the order of the windows, so that the last digits do not depend on who finished first.

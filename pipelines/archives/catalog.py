@@ -55,9 +55,10 @@ def read_catalog(source: str) -> pd.DataFrame:
         row = int(damaged.any(axis=1).argmax())
         column = NEEDED[int(damaged[row].argmax())]
         cell = raw[column].iloc[row]
+        said = repr(cell) if isinstance(cell, str) else cell
         warnings.warn(
             f"{url}: {damaged.any(axis=1).sum()} rows have a cell that cannot be read and are left out, "
-            f"the first (id {raw['id'].iloc[row]}) for {column} {repr(cell) if isinstance(cell, str) else cell}",
+            f"the first (id {raw['id'].iloc[row]}) for {column} {said}",
             stacklevel=2,
         )
     return table
