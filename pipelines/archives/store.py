@@ -20,7 +20,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
-from importlib.metadata import version
 from typing import Any
 
 import numpy as np
@@ -33,6 +32,7 @@ from zarr.core.metadata import ArrayV3Metadata
 
 from pipelines.archives import UNREADABLE, filesystem, why
 from pipelines.errors import InputError
+from pipelines.version import code_version
 
 CONFIG, TEMPLATE, COMPLETE = (f"records/{name}.json" for name in ("config", "template", "complete"))
 THREADS = 16
@@ -198,7 +198,7 @@ def complete(url: str, summary: Mapping[str, Any]) -> None:
     record = {
         "config_hash": config["config_hash"],
         "shards": config["shards"],
-        "code_version": version("earthformer-ray"),
+        "code_version": code_version(),
         "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         **summary,
     }
