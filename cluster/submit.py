@@ -1,7 +1,7 @@
 """Sends any verb to a Ray cluster as a job: `earthformer submit [--address …] [--wait] -- VERB …`.
 
 A verb is forwarded word for word, after it was read here as it will be there: a wrong option, a path of this
-machine or more workers than the cluster has are refused before anything is sent.
+machine or more workers than the cluster has, or can have, are refused before anything is sent.
 """
 
 import asyncio
@@ -15,12 +15,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import aiohttp
 import typer
-from ray.exceptions import AuthenticationError
-from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 from rich.markup import escape
 from rich.table import Table
 from typer.core import TyperGroup
@@ -28,13 +25,17 @@ from typer.core import TyperGroup
 import cluster
 import earthformer
 import pipelines
-from cluster.capacity import Need, nodes, refuse_impossible
+from cluster.capacity import Need, check
 from pipelines import cli
 from pipelines.errors import InputError
 
+if TYPE_CHECKING:
+    # Ray is most of a second that other verbs need not wait.
+    from ray.job_submission import JobDetails, JobSubmissionClient
+
 DASHBOARD = "http://127.0.0.1:8265"
 PACKAGES = (earthformer, pipelines, cluster)
-ENTRY = "python -m pipelines.cli"
+ENTRY = "python -m cluster.cli"
 RECONNECT_SECONDS = 2.0
 
 
@@ -58,6 +59,7 @@ class Sending:
     wait: bool
     working_dir: str | None
     installed: bool
+    cluster_file: str | None
     reserve: dict[str, float] = field(default_factory=dict)
     """Of the job's own process: `cpus`, `gpus`, `memory_mb`."""
     environment: dict[str, str] = field(default_factory=dict)
@@ -79,6 +81,13 @@ def options(
     installed: Annotated[
         bool, typer.Option("--installed", help="Run what the cluster's image holds: send no code.")
     ] = False,
+    cluster_file: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE",
+            help="The cluster's own YAML, KubeRay's or the launcher's: what it can grow to is counted.",
+        ),
+    ] = None,
     cpus: Annotated[float, typer.Option(help="Processors kept for the job's own process.")] = 0,
     gpus: Annotated[float, typer.Option(help="GPUs kept for the job's own process.")] = 0,
     memory_mb: Annotated[int, typer.Option(help="Memory kept for the job's own process, in MB.")] = 0,
@@ -95,6 +104,7 @@ def options(
         wait,
         working_dir,
         installed,
+        cluster_file,
         {"cpus": cpus, "gpus": gpus, "memory_mb": memory_mb},
         dict(_variable(each) for each in environment or []),
     )
@@ -117,7 +127,9 @@ def send(context: typer.Context) -> None:
     given = parse(words)
     check_paths(given, sending.working_dir)
     with connected(sending.address) as client:
-        refuse_impossible(needs(words[0], given, sending.reserve), nodes(client.get_address()))
+        unsure = check(list(needs(words[0], given, sending.reserve)), client, sending.cluster_file)
+        if unsure:
+            cli.errors.print(f"warning: {escape(unsure)}", highlight=False, soft_wrap=True)
         job = client.submit_job(
             entrypoint=f"{ENTRY} {shlex.join(words)}",
             submission_id=f"{words[0]}-{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(2)}",
@@ -139,6 +151,8 @@ def send(context: typer.Context) -> None:
 @app.command()
 def status(context: typer.Context, job: Annotated[str, typer.Argument(help="The job's id.")]) -> None:
     """Say how a job stands; exit code 1 when it failed or was stopped."""
+    from ray.job_submission import JobStatus
+
     with connected(context.obj.address) as client:
         found = client.get_job_info(job)
     cli.console.print(escape(_line(found)), highlight=False, soft_wrap=True)
@@ -255,8 +269,10 @@ def _variable(text: str) -> tuple[str, str]:
 # ---------------------------------------------------------------------------------------------- after
 
 
-def follow(client: JobSubmissionClient, job: str) -> int:
+def follow(client: "JobSubmissionClient", job: str) -> int:
     """Print what a job says until it has ended; its exit code."""
+    from ray.job_submission import JobStatus
+
     try:
         asyncio.run(_print_logs(client, job))
     except KeyboardInterrupt:
@@ -269,7 +285,9 @@ def follow(client: JobSubmissionClient, job: str) -> int:
     return found.driver_exit_code if found.driver_exit_code and found.driver_exit_code > 0 else 1
 
 
-async def _print_logs(client: JobSubmissionClient, job: str) -> None:
+async def _print_logs(client: "JobSubmissionClient", job: str) -> None:
+    import aiohttp
+
     printed = 0
     while True:
         seen = 0
@@ -287,7 +305,9 @@ async def _print_logs(client: JobSubmissionClient, job: str) -> None:
         await asyncio.sleep(RECONNECT_SECONDS)
 
 
-def _line(job: JobDetails) -> str:
+def _line(job: "JobDetails") -> str:
+    from ray.job_submission import JobStatus
+
     took = _took(job)
     # Ray adds the end of the job's output, which is to be had whole.
     why, _, _ = (job.message or "").partition(", last available logs")
@@ -295,11 +315,11 @@ def _line(job: JobDetails) -> str:
     return f"{job.submission_id}: {job.status.value.lower()}{f' after {took}' if took else ''}{said}"
 
 
-def _started(job: JobDetails) -> str:
+def _started(job: "JobDetails") -> str:
     return f"{datetime.fromtimestamp(job.start_time / 1000, UTC):%Y-%m-%d %H:%M:%S}" if job.start_time else ""
 
 
-def _took(job: JobDetails) -> str:
+def _took(job: "JobDetails") -> str:
     if not job.start_time:
         return ""
     ended = job.end_time / 1000 if job.end_time else datetime.now(UTC).timestamp()
@@ -310,12 +330,15 @@ def _took(job: JobDetails) -> str:
 
 
 @contextmanager
-def connected(address: str | None) -> Iterator[JobSubmissionClient]:
+def connected(address: str | None) -> Iterator["JobSubmissionClient"]:
     """A client of the cluster's job server.
 
     Raises:
         InputError: none answers there; it wants a token, or another; there is no such job.
     """
+    from ray.exceptions import AuthenticationError
+    from ray.job_submission import JobSubmissionClient
+
     if address is not None:
         # The client lets the environment go before its argument.
         os.environ["RAY_API_SERVER_ADDRESS"] = address

@@ -205,7 +205,8 @@ def _write_all(
     # A shard travels with its row, and not all of them with the function that every task loads.
     tasks = [
         pa.table({"number": numbers, "shard": [pickle.dumps(plan.shards[n]) for n in numbers]})
-        for numbers in _tasks(pending, workers or int(ray.cluster_resources()["CPU"]))
+        # None where a cluster is yet to grow.
+        for numbers in _tasks(pending, workers or int(ray.cluster_resources().get("CPU", 0)) or 1)
     ]
     written = ray.data.from_arrow(tasks).map(
         partial(_write_shard, archive=archive, strict=strict),
