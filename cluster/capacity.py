@@ -47,7 +47,9 @@ def check(needs: Sequence[Need], client: "JobSubmissionClient", file: str | None
     if file is not None:
         refuse_impossible(needs, grown(file))
         return ""
-    up = list_nodes(client.get_address(), detail=True, filters=[("state", "=", "ALIVE")], limit=10_000)
+    # Were Ray to leave out the dead ones, it would complain of an answer that is not whole.
+    known = list_nodes(client.get_address(), detail=True, limit=10_000)
+    up = [node for node in known if node.state == "ALIVE"]
     try:
         refuse_impossible(needs, [node.resources_total for node in up])
     except InputError as error:
@@ -93,8 +95,8 @@ def grows(labels: Iterable[Mapping[str, str]], status: Mapping[str, Any]) -> boo
 
     Args:
         labels: of its nodes. KubeRay and Ray's autoscaler (v2) name the group of each.
-        status: what the dashboard's `/api/cluster_status` answers. Ray's former autoscaler (v1) reports of which
-            type each node is; so does Ray without one, and then each node is its own type.
+        status: what the dashboard's `/api/cluster_status` answers. Ray's former autoscaler (v1) reports which
+            type each node has; so does Ray without one, and then each node is its own type.
     """
     report = (status["data"].get("clusterStatus") or {}).get("autoscalerReport") or {}
     types = (report.get("nodeTypeMapping") or {}).values()

@@ -9,6 +9,7 @@ import logging
 import os
 import secrets
 import shlex
+import socket
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -37,6 +38,7 @@ DASHBOARD = "http://127.0.0.1:8265"
 PACKAGES = (earthformer, pipelines, cluster)
 ENTRY = "python -m cluster.cli"
 RECONNECT_SECONDS = 2.0
+KNOCK_SECONDS = 10.0
 
 
 class _Verbs(TyperGroup):
@@ -236,13 +238,14 @@ def check_paths(given: dict[str, Any], working_dir: str | None) -> None:
 
 def needs(verb: str, given: dict[str, Any], reserve: dict[str, float]) -> Iterator[Need]:
     """What a verb cannot do without."""
-    gpu = bool(given.get("gpu"))
-    # Training's workers and a service's replicas start together; others run as many as there is room for.
-    together = int(given.get("workers") or 1) if verb == "train" else int(given.get("replicas") or 1)
-    each = {"GPU": 1.0} if gpu else {"CPU": 0.5 if verb in ("forecast", "serve") else 1.0}
-    if memory := given.get("memory_mb"):
-        each["memory"] = memory * 1e6
-    yield Need(f"a worker of {verb}", each, together if verb in ("train", "serve") else 1)
+    if "workers" in given or "replicas" in given:
+        # Training's workers and a service's replicas start together; others run as many as there is room for.
+        together = int(given.get("workers") or 1) if verb == "train" else int(given.get("replicas") or 1)
+        small = 0.5 if verb in ("forecast", "serve") else 1.0
+        each = {"GPU": 1.0} if given.get("gpu") else {"CPU": small}
+        if memory := given.get("memory_mb"):
+            each["memory"] = memory * 1e6
+        yield Need(f"a worker of {verb}", each, together if verb in ("train", "serve") else 1)
     asked = {"CPU": reserve["cpus"], "GPU": reserve["gpus"], "memory": reserve["memory_mb"] * 1e6}
     if any(asked.values()):
         yield Need("the job's own process", {name: value for name, value in asked.items() if value}, 1)
@@ -348,6 +351,7 @@ def connected(address: str | None) -> Iterator["JobSubmissionClient"]:
     logging.disable(logging.INFO)
     place = os.environ.get("RAY_API_SERVER_ADDRESS") or os.environ["RAY_ADDRESS"]
     try:
+        knock(place)
         yield JobSubmissionClient()
     except ConnectionError as error:
         raise InputError(f"no Ray cluster answers at {place}: needed the address of its dashboard") from error
@@ -358,6 +362,20 @@ def connected(address: str | None) -> Iterator["JobSubmissionClient"]:
         ) from error
     except RuntimeError as error:
         raise InputError(f"the Ray cluster at {place} refused: {error}") from error
+
+
+def knock(place: str) -> None:
+    """Find out soon that no head node listens, which Ray would ask for minutes.
+
+    Raises:
+        InputError: nobody does.
+    """
+    host, _, port = place.removeprefix("ray://").rpartition(":")
+    if "://" not in host and port.isdigit():
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), KNOCK_SECONDS).close()
+        except OSError as error:
+            raise InputError(f"nobody listens at {place}: needed the address of a Ray cluster") from error
 
 
 def main() -> None:

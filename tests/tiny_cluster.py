@@ -11,7 +11,7 @@ import secrets
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,8 +42,11 @@ class Cluster:
 
 
 @contextlib.contextmanager
-def cluster(*cpus: int, grows: int = 0) -> Iterator[Cluster]:
-    """A cluster of nodes with so many processors each; Ray adds up to `grows` with one when needed."""
+def cluster(*cpus: int, grows: int = 0, last: Mapping[str, str] | None = None) -> Iterator[Cluster]:
+    """A cluster of nodes with so many processors each; Ray adds up to `grows` with one when needed.
+
+    The environment of the last node may have other variables.
+    """
     token = secrets.token_hex(32)
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token}
@@ -52,7 +55,7 @@ def cluster(*cpus: int, grows: int = 0) -> Iterator[Cluster]:
     # A node that is killed is missed within seconds.
     environment |= {"RAY_health_check_period_ms": "1000", "RAY_health_check_failure_threshold": "3"}
     process = subprocess.Popen(
-        [sys.executable, __file__, str(grows), *map(str, cpus)],
+        [sys.executable, __file__, str(grows), json.dumps(dict(last or {})), *map(str, cpus)],
         env=environment,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
@@ -121,11 +124,13 @@ def main() -> None:
 
     port = free_port()
     head = {"include_dashboard": True, "dashboard_port": port, "dashboard_host": "127.0.0.1"}
-    grows, first, *others = map(int, sys.argv[1:])
+    grows, last = int(sys.argv[1]), json.loads(sys.argv[2])
+    first, *others = map(int, sys.argv[3:])
     with tempfile.TemporaryDirectory() as folder:
         head |= _autoscaler(folder, grows) if grows else {}
         nodes = Nodes(initialize_head=True, head_node_args={"num_cpus": first, **head, **_own()})
-        for count in others:
+        for number, count in enumerate(others, start=1):
+            os.environ |= last if number == len(others) else {}
             nodes.add_node(num_cpus=count, **_own())
         nodes.wait_for_nodes()
         raylets = [node.all_processes["raylet"][0].process.pid for node in nodes.list_all_nodes()]
