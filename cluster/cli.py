@@ -1,9 +1,11 @@
-"""The `earthformer` command: the pipeline's verbs, and `submit`, which sends them to a cluster."""
+"""The `earthformer` command: the pipeline's verbs, `submit`, which sends them to a cluster, and `doctor`."""
 
 from cluster import submit
+from cluster.doctor import doctor
 from pipelines import cli
 
 cli.app.add_typer(submit.app, name="submit")
+cli.app.command()(doctor)
 
 
 def main() -> None:

@@ -1,7 +1,7 @@
 """Sends any verb to a Ray cluster as a job: `earthformer submit [--address …] [--wait] -- VERB …`.
 
 A verb is forwarded word for word, after it was read here as it will be there: a wrong option, a path of this
-machine or more workers than the cluster has are refused before anything is sent.
+machine or more workers than the cluster has, or can have, are refused before anything is sent.
 """
 
 import asyncio
@@ -9,18 +9,16 @@ import logging
 import os
 import secrets
 import shlex
+import socket
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import aiohttp
 import typer
-from ray.exceptions import AuthenticationError
-from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 from rich.markup import escape
 from rich.table import Table
 from typer.core import TyperGroup
@@ -28,14 +26,19 @@ from typer.core import TyperGroup
 import cluster
 import earthformer
 import pipelines
-from cluster.capacity import Need, nodes, refuse_impossible
+from cluster.capacity import Need, check
 from pipelines import cli
 from pipelines.errors import InputError
 
+if TYPE_CHECKING:
+    # Ray is most of a second that other verbs need not wait.
+    from ray.job_submission import JobDetails, JobSubmissionClient
+
 DASHBOARD = "http://127.0.0.1:8265"
 PACKAGES = (earthformer, pipelines, cluster)
-ENTRY = "python -m pipelines.cli"
+ENTRY = "python -m cluster.cli"
 RECONNECT_SECONDS = 2.0
+KNOCK_SECONDS = 10.0
 
 
 class _Verbs(TyperGroup):
@@ -58,6 +61,7 @@ class Sending:
     wait: bool
     working_dir: str | None
     installed: bool
+    cluster_file: str | None
     reserve: dict[str, float] = field(default_factory=dict)
     """Of the job's own process: `cpus`, `gpus`, `memory_mb`."""
     environment: dict[str, str] = field(default_factory=dict)
@@ -79,6 +83,13 @@ def options(
     installed: Annotated[
         bool, typer.Option("--installed", help="Run what the cluster's image holds: send no code.")
     ] = False,
+    cluster_file: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE",
+            help="The cluster's own YAML, KubeRay's or the launcher's: what it can grow to is counted.",
+        ),
+    ] = None,
     cpus: Annotated[float, typer.Option(help="Processors kept for the job's own process.")] = 0,
     gpus: Annotated[float, typer.Option(help="GPUs kept for the job's own process.")] = 0,
     memory_mb: Annotated[int, typer.Option(help="Memory kept for the job's own process, in MB.")] = 0,
@@ -95,6 +106,7 @@ def options(
         wait,
         working_dir,
         installed,
+        cluster_file,
         {"cpus": cpus, "gpus": gpus, "memory_mb": memory_mb},
         dict(_variable(each) for each in environment or []),
     )
@@ -117,7 +129,9 @@ def send(context: typer.Context) -> None:
     given = cli.parse(words)
     check_paths(given, sending.working_dir)
     with connected(sending.address) as client:
-        refuse_impossible(needs(words[0], given, sending.reserve), nodes(client.get_address()))
+        unsure = check(list(needs(words[0], given, sending.reserve)), client, sending.cluster_file)
+        if unsure:
+            cli.errors.print(f"warning: {escape(unsure)}", highlight=False, soft_wrap=True)
         job = client.submit_job(
             entrypoint=f"{ENTRY} {shlex.join(words)}",
             submission_id=f"{words[0]}-{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(2)}",
@@ -139,6 +153,8 @@ def send(context: typer.Context) -> None:
 @app.command()
 def status(context: typer.Context, job: Annotated[str, typer.Argument(help="The job's id.")]) -> None:
     """Say how a job stands; exit code 1 when it failed or was stopped."""
+    from ray.job_submission import JobStatus
+
     with connected(context.obj.address) as client:
         found = client.get_job_info(job)
     cli.console.print(escape(_line(found)), highlight=False, soft_wrap=True)
@@ -204,13 +220,14 @@ def check_paths(given: dict[str, Any], working_dir: str | None) -> None:
 
 def needs(verb: str, given: dict[str, Any], reserve: dict[str, float]) -> Iterator[Need]:
     """What a verb cannot do without."""
-    gpu = bool(given.get("gpu"))
-    # Training's workers and a service's replicas start together; others run as many as there is room for.
-    together = int(given.get("workers") or 1) if verb == "train" else int(given.get("replicas") or 1)
-    each = {"GPU": 1.0} if gpu else {"CPU": 0.5 if verb in ("forecast", "serve") else 1.0}
-    if memory := given.get("memory_mb"):
-        each["memory"] = memory * 1e6
-    yield Need(f"a worker of {verb}", each, together if verb in ("train", "serve") else 1)
+    if "workers" in given or "replicas" in given:
+        # Training's workers and a service's replicas start together; others run as many as there is room for.
+        together = int(given.get("workers") or 1) if verb == "train" else int(given.get("replicas") or 1)
+        small = 0.5 if verb in ("forecast", "serve") else 1.0
+        each = {"GPU": 1.0} if given.get("gpu") else {"CPU": small}
+        if memory := given.get("memory_mb"):
+            each["memory"] = memory * 1e6
+        yield Need(f"a worker of {verb}", each, together if verb in ("train", "serve") else 1)
     asked = {"CPU": reserve["cpus"], "GPU": reserve["gpus"], "memory": reserve["memory_mb"] * 1e6}
     if any(asked.values()):
         yield Need("the job's own process", {name: value for name, value in asked.items() if value}, 1)
@@ -237,8 +254,10 @@ def _variable(text: str) -> tuple[str, str]:
 # ---------------------------------------------------------------------------------------------- after
 
 
-def follow(client: JobSubmissionClient, job: str) -> int:
+def follow(client: "JobSubmissionClient", job: str) -> int:
     """Print what a job says until it has ended; its exit code."""
+    from ray.job_submission import JobStatus
+
     try:
         asyncio.run(_print_logs(client, job))
     except KeyboardInterrupt:
@@ -251,7 +270,9 @@ def follow(client: JobSubmissionClient, job: str) -> int:
     return found.driver_exit_code if found.driver_exit_code and found.driver_exit_code > 0 else 1
 
 
-async def _print_logs(client: JobSubmissionClient, job: str) -> None:
+async def _print_logs(client: "JobSubmissionClient", job: str) -> None:
+    import aiohttp
+
     printed = 0
     while True:
         seen = 0
@@ -269,7 +290,9 @@ async def _print_logs(client: JobSubmissionClient, job: str) -> None:
         await asyncio.sleep(RECONNECT_SECONDS)
 
 
-def _line(job: JobDetails) -> str:
+def _line(job: "JobDetails") -> str:
+    from ray.job_submission import JobStatus
+
     took = _took(job)
     # Ray adds the end of the job's output, which is to be had whole.
     why, _, _ = (job.message or "").partition(", last available logs")
@@ -277,11 +300,11 @@ def _line(job: JobDetails) -> str:
     return f"{job.submission_id}: {job.status.value.lower()}{f' after {took}' if took else ''}{said}"
 
 
-def _started(job: JobDetails) -> str:
+def _started(job: "JobDetails") -> str:
     return f"{datetime.fromtimestamp(job.start_time / 1000, UTC):%Y-%m-%d %H:%M:%S}" if job.start_time else ""
 
 
-def _took(job: JobDetails) -> str:
+def _took(job: "JobDetails") -> str:
     if not job.start_time:
         return ""
     ended = job.end_time / 1000 if job.end_time else datetime.now(UTC).timestamp()
@@ -292,12 +315,15 @@ def _took(job: JobDetails) -> str:
 
 
 @contextmanager
-def connected(address: str | None) -> Iterator[JobSubmissionClient]:
+def connected(address: str | None) -> Iterator["JobSubmissionClient"]:
     """A client of the cluster's job server.
 
     Raises:
         InputError: none answers there; it wants a token, or another; there is no such job.
     """
+    from ray.exceptions import AuthenticationError
+    from ray.job_submission import JobSubmissionClient
+
     if address is not None:
         # The client lets the environment go before its argument.
         os.environ["RAY_API_SERVER_ADDRESS"] = address
@@ -307,6 +333,7 @@ def connected(address: str | None) -> Iterator[JobSubmissionClient]:
     logging.disable(logging.INFO)
     place = os.environ.get("RAY_API_SERVER_ADDRESS") or os.environ["RAY_ADDRESS"]
     try:
+        knock(place)
         yield JobSubmissionClient()
     except ConnectionError as error:
         raise InputError(f"no Ray cluster answers at {place}: needed the address of its dashboard") from error
@@ -317,6 +344,20 @@ def connected(address: str | None) -> Iterator[JobSubmissionClient]:
         ) from error
     except RuntimeError as error:
         raise InputError(f"the Ray cluster at {place} refused: {error}") from error
+
+
+def knock(place: str) -> None:
+    """Find out soon that no head node listens, which Ray would ask for minutes.
+
+    Raises:
+        InputError: nobody does.
+    """
+    host, _, port = place.removeprefix("ray://").rpartition(":")
+    if "://" not in host and port.isdigit():
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), KNOCK_SECONDS).close()
+        except OSError as error:
+            raise InputError(f"nobody listens at {place}: needed the address of a Ray cluster") from error
 
 
 def main() -> None:

@@ -1,1 +1,3 @@
 """The work: archives, training, forecasting and scoring on Ray and xarray."""
+
+__version__ = "0.1.0"

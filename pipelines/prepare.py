@@ -224,10 +224,12 @@ def _write_all(
     """Have all shards written that are not yet; how many of them by this call."""
     context = ray.data.DataContext.get_current()
     context.execution_options.preserve_order = False
+    # None where a cluster is yet to grow.
+    slots = workers or int(ray.cluster_resources().get("CPU", 0)) or 1
     # A shard travels with its row, and not all of them with the function that every task loads.
     tasks = [
         pa.table({"number": numbers, "shard": [pickle.dumps(plan.shards[n]) for n in numbers]})
-        for numbers in _tasks(engine.from_anywhere(pending), workers or int(ray.cluster_resources()["CPU"]))
+        for numbers in _tasks(engine.from_anywhere(pending), slots)
     ]
     rows = ray.data.from_arrow(tasks).map(
         partial(_write_shard, archive=archive, strict=strict),

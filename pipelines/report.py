@@ -3,7 +3,6 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from pipelines.plots import image
 from pipelines.score import ScoreCard, Source, check_comparable, open_forecast, scored
 from pipelines.sheets import error_units, labels, sheets
 from pipelines.tasks import Task
+from pipelines.version import code_version
 
 TEMPLATE = Path(__file__).with_name("report.html.j2")
 CANDIDATES = 96
@@ -86,7 +86,7 @@ def report(
         sources=[_provenance(source, card) for source, card in zip(sources, cards, strict=True)],
         archive={"url": archive, "hash": opened.config_hash, "kind": opened.kind},
         commands=_commands(sources, archive, out),
-        version=version("earthformer-ray"),
+        version=code_version(),
     )
     fs, path = fsspec.core.url_to_fs(out)
     fs.makedirs(path.rpartition("/")[0], exist_ok=True)

@@ -10,7 +10,6 @@ import dataclasses
 import hashlib
 import time
 from dataclasses import dataclass
-from importlib.metadata import version
 from typing import Any, cast
 
 import safetensors.torch
@@ -24,6 +23,7 @@ from pipelines.configs import Config
 from pipelines.errors import InputError
 from pipelines.storage import filesystem, read_json, write_json, write_whole
 from pipelines.tasks import Task
+from pipelines.version import code_version
 
 
 def start(run: str, config: Config, provenance: dict[str, Any]) -> bool:
@@ -88,7 +88,7 @@ def complete(run: str, config: Config, provenance: dict[str, Any]) -> dict[str, 
         "steps": last["step"],
         "epochs": last["epoch"],
         "worker_peak_rss_mb": last["peak_rss_mb"],
-        "code_version": version("earthformer-ray"),
+        "code_version": code_version(),
         "torch_version": torch.__version__,
         "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         **provenance,

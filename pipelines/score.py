@@ -6,7 +6,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial, reduce
-from importlib.metadata import version
 from typing import Any
 
 import numpy as np
@@ -24,6 +23,7 @@ from pipelines.series import Window
 from pipelines.storage import read_json, write_json
 from pipelines.tasks import Task
 from pipelines.verification import Scored, Verification, verify
+from pipelines.version import code_version
 
 BATCH = 4
 """Windows of a deterministic forecast held at once: 4 of SEVIR, their truth and errors take 300 MB."""
@@ -107,7 +107,7 @@ class ScoreCard:
                 name: {score: value if math.isfinite(value) else None for score, value in values.items()}
                 for name, values in self.result().items()
             },
-            "code_version": version("earthformer-ray"),
+            "code_version": code_version(),
             "format": FORMAT,
         }
 
@@ -290,7 +290,7 @@ def saved(forecast: str, archive: str) -> ScoreCard | None:
     """
     source = open_forecast(forecast, open_archive(archive))
     found = read_json(forecast, RECORD)
-    written = (version("earthformer-ray"), FORMAT)
+    written = (code_version(), FORMAT)
     if found is None or (found["code_version"], found.get("format")) != written:
         return None
     card = replace(ScoreCard.from_dict(found), forecast=forecast)

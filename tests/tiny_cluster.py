@@ -10,11 +10,17 @@ import os
 import secrets
 import subprocess
 import sys
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import psutil
 from tiny_service import free_port
+
+STORE = 200_000_000
+"""Bytes of a node's object store."""
 
 
 @dataclass(frozen=True)
@@ -36,8 +42,11 @@ class Cluster:
 
 
 @contextlib.contextmanager
-def cluster(*cpus: int) -> Iterator[Cluster]:
-    """A cluster of nodes with so many processors each."""
+def cluster(*cpus: int, grows: int = 0, last: Mapping[str, str] | None = None) -> Iterator[Cluster]:
+    """A cluster of nodes with so many processors each; Ray adds up to `grows` with one when needed.
+
+    The environment of the last node may have other variables.
+    """
     token = secrets.token_hex(32)
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token}
@@ -46,7 +55,7 @@ def cluster(*cpus: int) -> Iterator[Cluster]:
     # A node that is killed is missed within seconds.
     environment |= {"RAY_health_check_period_ms": "1000", "RAY_health_check_failure_threshold": "3"}
     process = subprocess.Popen(
-        [sys.executable, __file__, *map(str, cpus)],
+        [sys.executable, __file__, str(grows), json.dumps(dict(last or {})), *map(str, cpus)],
         env=environment,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
@@ -68,7 +77,46 @@ def cluster(*cpus: int) -> Iterator[Cluster]:
 
 def _own() -> dict[str, int]:
     """Of each node, so that they do not take one another's."""
-    return {"object_store_memory": 200_000_000, "dashboard_agent_listen_port": free_port()}
+    return {"object_store_memory": STORE, "dashboard_agent_listen_port": free_port()}
+
+
+def _autoscaler(folder: str, most: int) -> dict[str, Any]:
+    """Of a head, to have Ray's autoscaler start up to so many nodes on this machine."""
+    from ray.autoscaler._private.kuberay.autoscaling_config import _generate_legacy_autoscaling_config_fields
+    from ray.util import get_node_ip_address
+
+    port, head = free_port(), "f" * 51 + "00000"
+    config = {
+        "cluster_name": "tiny",
+        "max_workers": most,
+        "provider": {
+            "type": "external",
+            "module": "ray.autoscaler._private.fake_multi_node.node_provider.FakeMultiNodeProvider",
+            "gcs_address": f"{get_node_ip_address()}:{port}",
+            "head_node_id": head,
+            "launch_multiple": True,
+            "disable_node_updaters": True,
+        },
+        "available_node_types": {
+            "ray.head.default": {"resources": {"CPU": 0}, "node_config": {}, "max_workers": 0},
+            "small": {
+                "resources": {"CPU": 1, "object_store_memory": STORE},
+                "node_config": {},
+                "max_workers": most,
+            },
+        },
+        "head_node_type": "ray.head.default",
+        "idle_timeout_minutes": 5,
+        "upscaling_speed": 100,
+        **_generate_legacy_autoscaling_config_fields(),
+    }
+    path = Path(folder) / "autoscaler.yaml"
+    path.write_text(json.dumps(config))
+    # As `ray up` sets them, and KubeRay.
+    os.environ |= {"RAY_enable_autoscaler_v2": "1", "RAY_NODE_TYPE_NAME": "ray.head.default"}
+    os.environ |= {"RAY_FAKE_CLUSTER": "1", "AUTOSCALER_UPDATE_INTERVAL_S": "1"}
+    named = {"RAY_OVERRIDE_NODE_ID_FOR_TESTING": head, "RAY_CLOUD_INSTANCE_ID": head}
+    return {"gcs_server_port": port, "autoscaling_config": str(path), "env_vars": named}
 
 
 def main() -> None:
@@ -76,16 +124,26 @@ def main() -> None:
 
     port = free_port()
     head = {"include_dashboard": True, "dashboard_port": port, "dashboard_host": "127.0.0.1"}
-    first, *others = map(int, sys.argv[1:])
-    nodes = Nodes(initialize_head=True, head_node_args={"num_cpus": first, **head, **_own()})
-    for count in others:
-        nodes.add_node(num_cpus=count, **_own())
-    nodes.wait_for_nodes()
-    raylets = [node.all_processes["raylet"][0].process.pid for node in nodes.list_all_nodes()]
-    said = {"dashboard": f"http://127.0.0.1:{port}", "address": nodes.address, "raylets": raylets}
-    print(json.dumps(said), flush=True)
-    sys.stdin.read()
-    nodes.shutdown()
+    grows, last = int(sys.argv[1]), json.loads(sys.argv[2])
+    first, *others = map(int, sys.argv[3:])
+    with tempfile.TemporaryDirectory() as folder:
+        head |= _autoscaler(folder, grows) if grows else {}
+        nodes = Nodes(initialize_head=True, head_node_args={"num_cpus": first, **head, **_own()})
+        for number, count in enumerate(others, start=1):
+            os.environ |= last if number == len(others) else {}
+            nodes.add_node(num_cpus=count, **_own())
+        nodes.wait_for_nodes()
+        raylets = [node.all_processes["raylet"][0].process.pid for node in nodes.list_all_nodes()]
+        said = {"dashboard": f"http://127.0.0.1:{port}", "address": nodes.address, "raylets": raylets}
+        print(json.dumps(said), flush=True)
+        sys.stdin.read()
+        # The autoscaler leaves what it has started.
+        monitor = psutil.Process(nodes.head_node.all_processes["monitor"][0].process.pid)
+        started = monitor.children(recursive=True)
+        nodes.shutdown()
+        for process in started:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
 
 
 if __name__ == "__main__":

@@ -26,7 +26,6 @@ import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from importlib.metadata import version
 from types import MappingProxyType
 from typing import Any, cast
 
@@ -50,6 +49,7 @@ from pipelines.storage import (
     write_json,
     zarr_store,
 )
+from pipelines.version import code_version
 
 CONFIG, CONTENTS, TEMPLATE, COMPLETE = (
     f"records/{name}.json" for name in ("config", "contents", "template", "complete")
@@ -251,7 +251,7 @@ def write_record(url: str, shard: int, record: Mapping[str, Any]) -> None:
         record: holds `regions`, a list of what `region_record` returns, for `validate` to check; and, where
             what it is made of may change, `identity`.
     """
-    said = {"code_version": version("earthformer-ray"), "written": _now()}
+    said = {"code_version": code_version(), "written": _now()}
     write_json(url, _record_name(shard), {**record, **said}, indent=None)
 
 
@@ -310,7 +310,7 @@ def complete(url: str, summary: Mapping[str, Any], done: Mapping[int, Any] | Non
     record = {
         "config_hash": config["config_hash"],
         "shards": config["shards"],
-        "code_version": version("earthformer-ray"),
+        "code_version": code_version(),
         "finished": _now(),
         **summary,
     }
