@@ -3,6 +3,7 @@
 import pickle
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -228,7 +229,9 @@ def _tasks(pending: Sequence[int], workers: int) -> Iterator[Sequence[int]]:
 
 def _write_shard(row: dict[str, Any], archive: str, strict: bool) -> dict[str, Any]:
     shard: Shard = pickle.loads(row["shard"])
-    regions, bad = shard.decode()
+    # Only these use Dask, and Ray's part of it takes half a second to import.
+    with engine.dask_on_cluster() if isinstance(shard, enso.EnsoShard) else nullcontext():
+        regions, bad = shard.decode()
     quarantine = [{"series": b.series, "file": b.file, "reason": b.reason} for b in bad]
     if strict and bad:
         raise InputError(_bad_line(quarantine[0]) + ": --strict takes no bad series")
