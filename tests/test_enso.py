@@ -536,7 +536,7 @@ def three_months(values):
 
 @pytest.fixture(scope="module")
 def noaa(real_data):
-    """NOAA's own Niño3.4, January 2010 to August 2020, three-month means from the mean year of these months."""
+    """NOAA's own Niño3.4 of January 2010 to August 2020: three-month means, from their own mean year."""
     text = (real_data / "sst" / "ersst5.nino.mth.91-20.ascii").read_text().split("\n", 1)[1]
     table = pd.read_csv(io.StringIO(text), sep=r"\s+")
     table = table[table["YR"] >= 2010].iloc[:128]
