@@ -237,7 +237,7 @@ def credentials() -> Finding:
 
 def listed(url: str) -> Finding:
     """Whether a URL can be listed."""
-    from pipelines.archives import filesystem
+    from pipelines.storage import filesystem
 
     fs, path = filesystem(url)
     try:
@@ -250,7 +250,7 @@ def written(url: str) -> Finding:
     """Whether a URL can be written to: an object comes and goes."""
     from fsspec.implementations.local import LocalFileSystem
 
-    from pipelines.archives import filesystem
+    from pipelines.storage import filesystem
 
     fs, path = filesystem(url)
     if isinstance(fs, LocalFileSystem):

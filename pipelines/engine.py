@@ -9,9 +9,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
+import dask
 import ray
 import ray.data
 import ray.exceptions
+from dask.base import DaskMethodsMixin
 
 from pipelines import telemetry
 from pipelines.errors import InputError
@@ -148,8 +150,15 @@ def track(rows: ray.data.Dataset, total: int, stage: str, progress: bool = True)
     context = rows.context
     context.enable_progress_bars = False
     context.raise_original_map_exception = True
-    try:
+    with _as_raised():
         yield from telemetry.progress(rows.iter_rows(), total, stage, progress)
+
+
+@contextlib.contextmanager
+def _as_raised() -> Iterator[None]:
+    """Let a task's exception out as itself."""
+    try:
+        yield
     except ray.exceptions.RayTaskError as error:
         if isinstance(error.cause, Exception):
             raise error.cause from error
@@ -163,6 +172,40 @@ def from_anywhere(shards: Sequence[int]) -> list[int]:
     """
     first = secrets.randbelow(max(1, len(shards)))
     return [*shards[first:], *shards[:first]]
+
+
+@contextlib.contextmanager
+def dask_on_cluster(workers: int | None = None, address: str | None = None) -> Iterator[None]:
+    """Within it Dask's tasks are tasks of the Ray cluster that `connect` finds; then Dask is as it was.
+
+    What a task gives lies in Ray's object store until no task needs it any more. `persist` leaves it there,
+    to be computed with inside of the same `with`. It may stand in a task of Ray, too: while that task waits,
+    its processor is free for others.
+
+    Raises:
+        InputError: as `connect`.
+        Exception: from a computation inside, what a task raised, as itself.
+    """
+    connect(workers, address)
+    persist = dask.persist, DaskMethodsMixin.persist
+    # Here and not above: it takes half a second, and replaces Dask's `persist` as soon as it is imported.
+    from ray.util import dask as on_ray
+
+    on_ray.patch_dask(on_ray.ray_dask_persist, on_ray.ray_dask_persist_mixin)
+    try:
+        # As `enable_dask_on_ray`, which calls the shuffle by a name that Dask has given up, and so is warned.
+        # The other shuffle writes to a disk, which must then be one for all machines.
+        with dask.config.set({"scheduler": _dask_get, "dataframe.shuffle.method": "tasks"}):
+            yield
+    finally:
+        on_ray.patch_dask(*persist)
+
+
+def _dask_get(graph: Any, keys: Any, **options: Any) -> Any:
+    from ray.util.dask import ray_dask_get
+
+    with _as_raised():
+        return ray_dask_get(graph, keys, **options)
 
 
 def replicate(

@@ -222,7 +222,7 @@ def _drawing(drawing: Drawing | None) -> dict[str, Any]:
 def _calendar(task: Task) -> dict[str, str]:
     if task.step_minutes is not None:
         return {}
-    return {"comment": "nominal: model years have no date, and count from January 1700"}
+    return {"comment": "nominal for climate models: their years have no date, and count from January 1700"}
 
 
 # ------------------------------------------------------------------------------------------- reductions

@@ -4,6 +4,7 @@ import pickle
 import resource
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -251,7 +252,10 @@ def _tasks(pending: Sequence[int], workers: int) -> Iterator[Sequence[int]]:
 
 
 def _write_shard(row: dict[str, Any], archive: str, strict: bool) -> dict[str, Any]:
-    return write_shard(row["number"], pickle.loads(row["shard"]), archive, strict)
+    shard: Shard = pickle.loads(row["shard"])
+    # Only these use Dask, and Ray's part of it takes half a second to import.
+    with engine.dask_on_cluster() if isinstance(shard, enso.EnsoShard) else nullcontext():
+        return write_shard(row["number"], shard, archive, strict)
 
 
 def write_shard(number: int, shard: Shard, archive: str, strict: bool = False) -> dict[str, Any]:

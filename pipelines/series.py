@@ -167,7 +167,9 @@ def _enso_windows(task: Task, archive: Archive, split: str) -> list[Window]:
         zip(archive.root["source"].values.astype(str), archive.root["n_months"].values, strict=True)
     )
     cmip6, cmip5 = ([name for name in months if name.startswith(kind)] for kind in ("CMIP6-", "CMIP5-"))
-    sources = {"train": cmip6 + cmip5[:-2], "val": cmip5[-2:-1], "test": cmip5[-1:]}[split]
+    # Analyses are what models are tested on where there is no climate model.
+    test = cmip5[-1:] if cmip6 + cmip5 else list(months)
+    sources = {"train": cmip6 + cmip5[:-2], "val": cmip5[-2:-1], "test": test}[split]
     stride = task.stride[SPLITS.index(split)]
     return [
         Window(source, start)
@@ -184,9 +186,10 @@ def _enso_frames(task: Task, archive: Archive, window: Window, frames: int) -> n
 
 
 def _enso_times(task: Task, archive: Archive, window: Window, frames: int) -> np.ndarray:
+    source = archive.positions("source")[window.series]
     # Model years have no date: count months from a nominal January 1700, inside what datetime64[ns] holds.
-    first = np.datetime64("1700-01", "M") + window.start
-    return (first + np.arange(frames)).astype("datetime64[ns]")
+    first = np.datetime64(str(archive.root["first_month"].values[source]) or "1700-01", "M")
+    return (first + window.start + np.arange(frames)).astype("datetime64[ns]")
 
 
 def _enso_last_starts(task: Task, archive: Archive) -> dict[str, int]:

@@ -1,9 +1,12 @@
 """ICAR-ENSO and SST analyses: unfolding, labels, land, and what becomes of files that are otherwise."""
 
+import dataclasses
+import gc
 import io
 import pickle
 import re
 import shutil
+import zipfile
 
 import fsspec
 import h5py
@@ -11,9 +14,16 @@ import numpy as np
 import pandas as pd
 import pytest
 import xarray as xr
+from tiny_archive import built
 
-from pipelines.archives import enso, synthetic
+from pipelines import engine, plans, windows
+from pipelines import forecast as stage
+from pipelines.archives import enso, store, synthetic
 from pipelines.errors import InputError
+from pipelines.prepare import prepare
+from pipelines.score import score
+from pipelines.series import Window
+from pipelines.tasks import TASKS
 
 
 @pytest.fixture(scope="module")
@@ -203,12 +213,16 @@ def _no_label(folder):
 
 
 def _rot(folder):
-    path = folder / "CMIP_train.nc"
-    change(path, lambda data: data, encoding={"sst": {"zlib": True, "chunksizes": (1, 36, 24, 72)}})
+    rot(folder / "CMIP_train.nc", (1, 36, 24, 72), at=11)
+
+
+def rot(path, chunk, at):
+    """Compress a file's `sst` in chunks of this shape, and overwrite part of one."""
+    change(path, lambda data: data, encoding={"sst": {"zlib": True, "chunksizes": chunk}})
     with h5py.File(path) as file:
-        chunk = file["sst"].id.get_chunk_info_by_coord((11, 0, 0, 0))
+        found = file["sst"].id.get_chunk_info_by_coord((at, *(0 for _ in chunk[1:])))
     content = bytearray(path.read_bytes())
-    middle = chunk.byte_offset + chunk.size // 2
+    middle = found.byte_offset + found.size // 2
     content[middle : middle + 100] = bytes(100)
     path.write_bytes(content)
 
@@ -414,27 +428,176 @@ def test_an_analysis_that_is_otherwise_does_not_lose_the_others(copy, function, 
     assert plan.series == 7
 
 
+def test_an_analysis_is_read_in_parts_of_limited_size(tmp_path, monkeypatch):
+    analysis(tmp_path / "mine.nc", months=50, function=_other_axes)
+    whole = enso.observed(str(tmp_path / "mine.nc"))
+    parts, original = [], enso._sums
+
+    def spied(url, month, band):
+        parts.append((month, band))
+        return original(url, month, band)
+
+    monkeypatch.setattr(enso, "_sums", spied)
+    # Five years of 20 rows of 180 pixels.
+    monkeypatch.setattr(enso, "CHUNK_BYTES", 5 * 20 * 180 * 4)
+    cut = enso.observed(str(tmp_path / "mine.nc"))
+    bands = {month: sorted((b for m, b in parts if m == month), key=lambda b: b.start) for month in range(12)}
+    for rows in bands.values():
+        assert [band.start for band in rows] == [0, 20, 40, 60, 80]
+        assert max(band.stop - band.start for band in rows) == 20
+    for part, all_at_once in zip(cut, whole, strict=True):
+        np.testing.assert_allclose(part, all_at_once, atol=1e-5)
+
+
+@pytest.mark.parametrize("layout", ["NETCDF4", "NETCDF3_64BIT"])
+def test_an_analysis_may_lie_anywhere(tmp_path, layout):
+    analysis(tmp_path / "mine.nc")
+    change(tmp_path / "mine.nc", lambda data: data, format=layout)
+    with zipfile.ZipFile(tmp_path / "mine.zip", "w") as file:
+        file.write(tmp_path / "mine.nc", "mine.nc")
+    memory = fsspec.filesystem("memory")
+    memory.put(str(tmp_path / "mine.nc"), "/test_enso/mine.nc")
+    whole = enso.observed(str(tmp_path / "mine.nc"))
+    for url in ("memory://test_enso/mine.nc", f"zip://mine.nc::{tmp_path}/mine.zip"):
+        for found, expected in zip(enso.observed(url), whole, strict=True):
+            np.testing.assert_array_equal(found, expected)
+        assert gc.isenabled()
+    memory.rm("/test_enso", recursive=True)
+
+
+def test_the_clusters_workers_compute_an_analysis(tmp_path, ray_cluster, monkeypatch):
+    analysis(tmp_path / "mine.nc")
+    with zipfile.ZipFile(tmp_path / "mine.zip", "w") as file:
+        file.write(tmp_path / "mine.nc", "mine.nc")
+    whole = enso.observed(str(tmp_path / "mine.nc"))
+    sent, original = [], engine._dask_get
+
+    def spied(graph, keys, **options):
+        sent.extend(key for key in keys if key.startswith("_sums"))
+        return original(graph, keys, **options)
+
+    monkeypatch.setattr(engine, "_dask_get", spied)
+    for url in (str(tmp_path / "mine.nc"), f"zip://mine.nc::{tmp_path}/mine.zip"):
+        with engine.dask_on_cluster():
+            found = enso.observed(url)
+        for values, expected in zip(found, whole, strict=True):
+            np.testing.assert_array_equal(values, expected)
+    assert len(set(sent)) == 2 * 12
+
+
+def test_a_damaged_analysis_is_told_of_alike_by_threads_and_the_cluster(tmp_path, ray_cluster):
+    analysis(tmp_path / "mine.nc")
+    rot(tmp_path / "mine.nc", (1, 89, 180), at=9)
+    (shard,) = enso.plan(str(tmp_path / "mine.nc")).shards
+    _, (here,), *_ = shard.decode()
+    with engine.dask_on_cluster():
+        (region,), (there,), *_ = shard.decode()
+    assert here == there
+    assert "HDF error" in here.reason
+    assert len(here.reason) < 200
+    assert np.isnan(region.arrays["sst"]).all()
+
+
+def test_months_of_an_analysis_have_their_dates(tmp_path):
+    analysis(tmp_path / "mine.nc")
+    archive = built(enso.plan(str(tmp_path / "mine.nc")), str(tmp_path / "a.zarr"))
+    task = TASKS["enso"]
+    keys = windows.enumerate_windows(task, archive, "test")
+    assert keys == [Window("mine", start) for start in range(48 - 26 + 1)]
+    (times,) = windows.frame_times(task, archive, keys[2:3])
+    months = np.datetime64("1990-05") + np.arange(26)
+    np.testing.assert_array_equal(times, months.astype("datetime64[ns]"))
+    assert np.isfinite(windows.read_nino(task, archive, keys)).all()
+    for split in ("train", "val"):
+        with pytest.raises(InputError, match=f"has no {split} windows of 26 frames"):
+            windows.enumerate_windows(task, archive, split)
+
+
+def test_beside_climate_models_an_analysis_is_in_no_split(raw, copy):
+    analysis(copy / "mine.nc")
+    archives = [built(enso.plan(str(f)), str(copy.parent / f"{n}.zarr")) for n, f in enumerate((raw, copy))]
+    short = dataclasses.replace(TASKS["enso"], stride=(1, 1, 1))
+    for split in ("train", "val", "test"):
+        without, beside = (windows.enumerate_windows(short, archive, split) for archive in archives)
+        assert without == beside
+    windows.check(short, archives[1], Window("mine", 36))
+
+
+# ------------------------------------------------------------------------------------------- real SST
+
+
+def of_own_mean_year(values):
+    return values - np.array([values[m % 12 :: 12].mean() for m in range(len(values))])
+
+
+def three_months(values):
+    return np.convolve(values, np.ones(3) / 3, mode="valid")
+
+
+@pytest.fixture(scope="module")
+def noaa(real_data):
+    """NOAA's own Niño3.4 of January 2010 to August 2020: three-month means, from their own mean year."""
+    text = (real_data / "sst" / "ersst5.nino.mth.91-20.ascii").read_text().split("\n", 1)[1]
+    table = pd.read_csv(io.StringIO(text), sep=r"\s+")
+    table = table[table["YR"] >= 2010].iloc[:128]
+    assert table.iloc[-1]["MON"] == 8
+    return three_months(of_own_mean_year(table["NINO3.4"].to_numpy()))
+
+
+@pytest.fixture(scope="module")
+def ersst(tmp_path_factory, real_data, ray_cluster):
+    """URL of the archive of the real analysis, prepared on the cluster."""
+    url = str(tmp_path_factory.mktemp("ersst") / "a.zarr")
+    done = prepare("enso", str(real_data / "sst" / "sst.mnmean.nc"), url, progress=False)
+    assert (done.plan.series, done.quarantine) == (1, ())
+    return url
+
+
 @pytest.mark.real_data
-def test_a_real_analysis_agrees_with_noaa_and_with_icar(real_data):
+def test_nino_of_the_archive_agrees_with_noaa(ersst, noaa):
+    opened = store.open_dataset(ersst).isel(source=0)
+    box = opened["sst"].sel(lat=slice(-5, 5), lon=slice(190, 240))
+    # Cells at the box's edges lie in it by halves.
+    area = np.outer([0.5, 1, 0.5], [0.5, *np.ones(9), 0.5]) * np.cos(np.deg2rad(box["lat"].values))[:, None]
+    with engine.dask_on_cluster():
+        mean = box.weighted(xr.DataArray(area, box[0].coords, ("lat", "lon"))).mean(("lat", "lon")).values
+        label = opened["nino34"].values
+    assert np.isnan(label[-2:]).all()
+    assert np.corrcoef(label[:-2], noaa)[0, 1] >= 0.999
+    assert np.abs(label[:-2] - noaa).max() <= 0.05
+    # Half of what the cells at the edges are means of lies outside of the box, where anomalies are smaller.
+    assert np.corrcoef(three_months(mean), noaa)[0, 1] >= 0.999
+    assert np.abs(three_months(mean) - noaa).mean() <= 0.05
+
+
+@pytest.mark.real_data
+@pytest.mark.usefixtures("in_process")
+def test_real_sst_is_forecast_and_scored(tmp_path, ersst):
+    url, task = str(tmp_path / "f.zarr"), TASKS["enso"]
+    stage.forecast(plans.plan("persistence", ersst, "test", task=task), url, progress=False)
+    (card,) = score([url], ersst, progress=False)
+    assert card.windows == 128 - 26 + 1
+    sst, nino34 = (store.open_dataset(ersst)[name][0].values for name in ("sst", "nino34"))
+    last = sst[11:114, 10:13, 38:49].mean((1, 2))
+    correlation = card.nino.per_lead_time()["C-Nino3.4"].numpy()
+    for lead in (1, 12):
+        expected = np.corrcoef(last, nino34[11 + lead : 114 + lead])[0, 1]
+        assert correlation[lead - 1] == pytest.approx(expected, abs=1e-4)
+    assert correlation[0] > 0.8 > 0.5 > correlation[11]
+    valid = store.open_dataset(url)["valid_time"].values
+    assert (valid[0, 0], valid[-1, -1]) == (np.datetime64("2011-01-01"), np.datetime64("2020-08-01"))
+
+
+@pytest.mark.real_data
+def test_land_lies_where_a_sample_of_icar_has_it(real_data):
     plan = enso.plan(str(real_data / "sst"))
     values, bad = decoded(plan)
     # The folder also holds a series without a grid.
     assert [one.file for one in bad] == ["NMME_Reyn_SmithOIv2_Nino34_sst.nc"]
     assert list(values) == ["sst.mnmean"]
-    sst, nino = values["sst.mnmean"]
+    sst, _ = values["sst.mnmean"]
     assert sst.shape == (128, 24, 72)
-    text = (real_data / "sst" / "ersst5.nino.mth.91-20.ascii").read_text().split("\n", 1)[1]
-    noaa = pd.read_csv(io.StringIO(text), sep=r"\s+")
-    noaa = noaa[noaa["YR"] >= 2010].iloc[:128]
-    assert noaa.iloc[-1]["MON"] == 8
-    index = np.convolve(noaa.iloc[:, -1], np.ones(3) / 3, mode="valid")
-    assert np.corrcoef(index, nino[:-2])[0, 1] >= 0.99
-    # The base periods differ, 1991-2020 and 2010-2020.
-    assert np.abs(index - nino[:-2]).mean() < 0.1
-    # The label goes with the fields: the box on the coarse grid says the same.
-    box = sst[:, 10:13, 38:49].mean((1, 2))
-    assert np.corrcoef(np.convolve(box, np.ones(3) / 3, mode="valid"), nino[:-2])[0, 1] > 0.99
-    # Land lies where a sample of ICAR-ENSO has it, and neither north for south nor a cell aside.
+    # Neither north for south nor a cell aside.
     land = (np.load(real_data / "sst" / "test_0144-01-12.npy")[..., 0] == 0).all(0)
     ours = (sst == 0).all(0)
     assert (land == ours).mean() > 0.93

@@ -67,6 +67,7 @@ def bare_enso(url: str, months: Mapping[str, int], **more) -> Archive:
             coords={
                 "source": ("source", np.array(list(months))),
                 "n_months": ("source", np.array(list(months.values()))),
+                "first_month": ("source", np.array([""] * len(months))),
             },
         ),
         **more,

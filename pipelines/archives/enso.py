@@ -6,10 +6,12 @@ gridded SST observation (ERSST and the like) in the folder becomes a source of a
 """
 
 import re
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import dask
 import dask.array
 import numpy as np
 import xarray as xr
@@ -38,6 +40,10 @@ LARGEST = 25.0
 """No anomaly in K reaches this (the published ones stay within -16.6 and 10.2); temperatures do."""
 LEAST_MONTHS = 36
 """Of an observation, whose anomalies are of its own mean year."""
+CHUNK_BYTES = 1 << 26
+"""Of an observation, at most, that a task has in memory (and some five times as much while it computes)."""
+_READING = threading.Lock()
+"""Of this process's threads: netCDF and HDF5 are read by one at a time."""
 TEMPERATURE = re.compile(r"k|kelvin|(deg(ree)?s?[ _]?)?c(elsius)?", re.IGNORECASE)
 
 
@@ -248,19 +254,52 @@ def observed(url: str) -> tuple[np.ndarray, np.ndarray]:
     their ocean; those that are mostly land are 0, as in ICAR-ENSO. The label is the three-month running
     mean (months m, m+1, m+2) of Niño3.4 (5°S-5°N, 170-120°W) on the file's own grid, NaN for the last two.
 
+    Dask computes it, on threads or wherever it was told to. A chunk of Dask's is a calendar month in all of
+    its years, whose mean needs no other, in a band of latitudes that keeps it to `CHUNK_BYTES`.
+
     Raises:
         ValueError: no monthly SST on (time, lat, lon), or not in °C or K.
     """
     with open_netcdf(url) as data:
-        sst = _sst(data).load()
-    anomaly = sst.groupby("time.month") - sst.groupby("time.month").mean()
-    cells = _area_mean(anomaly, LAT, LON, STEP / 2, STEP / 2)
-    box = _area_mean(anomaly, np.array([0.0]), np.array([215.0]), 5.0, 25.0)[:, 0, 0]
+        sst = _sst(data)
+        months, latitudes, longitudes = sst.shape
+        whole = np.outer(*(weights.sum(1) for weights in _weights(sst)))
+    height = max(1, CHUNK_BYTES // (-(-months // 12) * longitudes * sst.dtype.itemsize))
+    bands = [slice(first, first + height) for first in range(0, latitudes, height)]
+    chunks = [(month, band) for month in range(12) for band in bands]
+    # One task does all with a chunk: were they several, chunks would lie in the cluster's memory meanwhile,
+    # and all of them, for it runs what can be run at once.
+    sums = dask.compute(*(dask.delayed(_sums)(url, month, band) for month, band in chunks))
+    total, area = np.zeros((2, months, *whole.shape))
+    for (month, _), (of_anomalies, of_ocean) in zip(chunks, sums, strict=True):
+        total[month::12] += of_anomalies
+        area[month::12] += of_ocean
+    # To rounding: what is half land is land.
+    mean = np.divide(total, area, out=np.full_like(total, np.nan), where=area > whole * (0.5 + 1e-9))
+    cells, box = mean[:, : len(LAT), : len(LON)], mean[:, -1, -1]
     if np.isnan(box).any():
         raise ValueError(f"month {np.isnan(box).argmax()} has no value in Niño3.4, 5°S-5°N and 170-120°W")
-    nino = np.full(len(box), np.nan, np.float32)
+    nino = np.full(months, np.nan, np.float32)
     nino[:-2] = np.convolve(box, np.ones(3) / 3, mode="valid")
     return np.nan_to_num(cells).astype(np.float32), nino
+
+
+def _sums(url: str, month: int, band: slice) -> tuple[np.ndarray, np.ndarray]:
+    """Of a calendar month in a band of latitudes, over each of `_weights`' boxes, (year, 25, 73) each: the
+    sum of anomalies times area, and the area that has values.
+
+    The file is opened here, since the task may run anywhere.
+    """
+    with _READING, open_netcdf(url) as data:
+        sst = _sst(data)
+        rows, columns = _weights(sst)
+        # One by one: HDF5 takes five times as long for a slice with a step.
+        fields = np.stack([sst[at, band].values for at in range(month, len(sst), 12)])
+    years = xr.DataArray(fields, dims=("year", "lat", "lon"))
+    anomaly = years - years.mean("year")
+    valid = anomaly.notnull()
+    of_anomalies, of_ocean = (rows[:, band] @ part.values @ columns.T for part in (anomaly.fillna(0), valid))
+    return of_anomalies, of_ocean
 
 
 def _sst(data: xr.Dataset) -> xr.DataArray:
@@ -298,16 +337,14 @@ def _calendar(sst: xr.DataArray) -> tuple[int, str]:
     return len(names), names[0]
 
 
-def _area_mean(
-    field: xr.DataArray, lat: np.ndarray, lon: np.ndarray, half_height: float, half_width: float
-) -> np.ndarray:
-    """Mean of a field (time, lat, lon) over boxes around `lat` × `lon`; NaN where half a box has no value."""
-    rows = _overlap(field["lat"].values, lat, half_height) * np.cos(np.deg2rad(field["lat"].values))
-    columns = _overlap(field["lon"].values, lon, half_width).T
-    valid = np.isfinite(field.values)
-    area, whole = (rows @ part @ columns for part in (valid, np.ones_like(valid)))
-    total = rows @ np.where(valid, field.values, 0.0) @ columns
-    return np.divide(total, area, out=np.full_like(total, np.nan), where=area > whole / 2)
+def _weights(sst: xr.DataArray) -> tuple[np.ndarray, np.ndarray]:
+    """Areas of pixels within boxes, as factors (25, lat) and (73, lon): the 24 × 72 cells and, last of both,
+    Niño3.4.
+    """
+    lat, lon = sst["lat"].values, sst["lon"].values
+    rows = np.concatenate([_overlap(lat, LAT, STEP / 2), _overlap(lat, np.array([0.0]), 5.0)])
+    columns = np.concatenate([_overlap(lon, LON, STEP / 2), _overlap(lon, np.array([215.0]), 25.0)])
+    return rows * np.cos(np.deg2rad(lat)), columns
 
 
 def _overlap(pixels: np.ndarray, boxes: np.ndarray, half: float) -> np.ndarray:

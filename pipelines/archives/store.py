@@ -351,17 +351,51 @@ def open_store(url: str, group: str = "") -> xr.Dataset:
     Raises:
         InputError: there is no store at `url`, or it is unfinished or damaged.
     """
-    config = config_record(url)
-    if not is_complete(url):
-        raise InputError(unfinished(url, config["shards"], len(pending(url, config["shards"]))))
+    _check_complete(url)
     return open_unfinished(url, group)
 
 
-def open_unfinished(url: str, group: str = "") -> xr.Dataset:
+def open_dataset(url: str, group: str = "", chunks: str = "shards") -> xr.Dataset:
+    """A finished store's Dataset as xarray decodes it: NaN where missing, in the units that it names.
+
+    Nothing is loaded: variables are Dask's, coordinates are read when they are looked at.
+
+    Args:
+        url: of an archive or a forecast.
+        group: of a radar archive a sequence, "" for the root.
+        chunks: what a chunk of Dask's is: `shards`, whole ones, so that a task reads one object, for
+            computations over the whole store; or `chunks`, the parts that can be read of a shard by
+            themselves (an event, a member of a window, a tile of a frame of radar), for a few of them or
+            where memory is short. Decoded bytes are float32: four times as large.
+
+    Raises:
+        InputError: as `open_store`, or `chunks` is neither.
+    """
+    if chunks not in ("shards", "chunks"):
+        raise InputError(f"chunks {chunks!r} are unknown: needed shards or chunks")
+    _check_complete(url)
+    opened = open_unfinished(url, group, decode=True)
+    cut = {
+        name: values.chunk(
+            dict(zip(values.dims, values.encoding[chunks] or values.encoding["chunks"], strict=True))
+        )
+        for name, values in opened.data_vars.items()
+        if values.dims
+    }
+    return opened.assign(cut)
+
+
+def _check_complete(url: str) -> None:
+    config = config_record(url)
+    if not is_complete(url):
+        raise InputError(unfinished(url, config["shards"], len(pending(url, config["shards"]))))
+
+
+def open_unfinished(url: str, group: str = "", decode: bool = False) -> xr.Dataset:
     """As `open_store`, of a store in any state that can be opened."""
     try:
         return xr.open_zarr(
-            zarr_store(url), group=group or None, mask_and_scale=False, decode_timedelta=True, chunks=None
+            zarr_store(url), group=group or None, mask_and_scale=decode, decode_timedelta=True, chunks=None
         )
     except UNREADABLE as error:
         raise InputError(
