@@ -33,6 +33,14 @@ class Cluster:
     raylets: list[int]
     """Processes of its nodes, the head's first."""
     token: str
+    process: subprocess.Popen
+
+    def add(self, cpus: int) -> None:
+        """Add a node with so many processors."""
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        print(cpus, file=self.process.stdin, flush=True)
+        self.raylets.append(json.loads(self.process.stdout.readline())["raylet"])
 
     @property
     def environment(self) -> dict[str, str]:
@@ -67,7 +75,7 @@ def cluster(*cpus: int, grows: int = 0, last: Mapping[str, str] | None = None) -
     try:
         for line in process.stdout:
             if line.startswith("{"):
-                yield Cluster(**json.loads(line), token=token)
+                yield Cluster(**json.loads(line), token=token, process=process)
                 return
         raise AssertionError("the cluster did not start")
     finally:
@@ -136,7 +144,9 @@ def main() -> None:
         raylets = [node.all_processes["raylet"][0].process.pid for node in nodes.list_all_nodes()]
         said = {"dashboard": f"http://127.0.0.1:{port}", "address": nodes.address, "raylets": raylets}
         print(json.dumps(said), flush=True)
-        sys.stdin.read()
+        for line in sys.stdin:
+            added = nodes.add_node(num_cpus=int(line), **_own())
+            print(json.dumps({"raylet": added.all_processes["raylet"][0].process.pid}), flush=True)
         # The autoscaler leaves what it has started.
         monitor = psutil.Process(nodes.head_node.all_processes["monitor"][0].process.pid)
         started = monitor.children(recursive=True)
