@@ -30,7 +30,28 @@ def real_data() -> Path:
 
 
 @pytest.fixture(scope="session")
-def ray_cluster():
+def s3_place():
+    """Where `s3` is, or will be: the environment says so, here and in what is started from now on."""
+    import tiny_s3
+
+    place = tiny_s3.reserved()
+    with pytest.MonkeyPatch.context() as environment:
+        for name, value in place.environment.items():
+            environment.setenv(name, value)
+        yield place
+
+
+@pytest.fixture(scope="session")
+def s3(s3_place):
+    """The suite's one S3 server: `s3://private` and `s3://public`, which anybody may read, are there."""
+    import tiny_s3
+
+    with tiny_s3.serving(s3_place) as served:
+        yield served
+
+
+@pytest.fixture(scope="session")
+def ray_cluster(s3_place):
     """The suite's one Ray cluster."""
     import ray
 
