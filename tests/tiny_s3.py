@@ -1,7 +1,7 @@
 """A real S3 server on this machine (SeaweedFS), in a process of its own.
 
 It has one user, who may do everything, and two buckets: `private`, and `public`, which anybody may read and
-list without a key. The process prints the server's number when it is up, and ends when its standard input does.
+list without a key. The process prints the number of the server's when it is up, and ends when its input does.
 """
 
 import contextlib
