@@ -25,7 +25,7 @@ from earthformer.presets import EARTHFORMERS
 from pipelines import cli, configs, journal, runs, windows
 from pipelines.archives import store, synthetic
 from pipelines.errors import InputError, boundary_error
-from pipelines.loop import Ranks, accumulation, begin, learning_rate, parameter_groups, schedule_steps
+from pipelines.loop import Ranks, begin, learning_rate, micro_batches, parameter_groups, schedule_steps
 from pipelines.prepare import prepare
 from pipelines.train import train
 
@@ -145,10 +145,18 @@ def test_layer_norms_and_biases_are_not_decayed():
     assert len(free) == 5
 
 
-def test_a_batch_that_does_not_divide_is_refused():
-    with pytest.raises(InputError, match=r"batch_size 32 is no multiple of 3 worker\(s\) times .* 2"):
-        accumulation(configs.Training(), 3)
-    assert accumulation(configs.Training(), 2) == 8
+def test_each_micro_batch_is_some_workers():
+    training = configs.Training()
+    for workers in (1, 2, 3, 16):
+        shares = [micro_batches(training, rank, workers) for rank in range(workers)]
+        assert [place for share in shares for place in share] == list(range(16))
+        assert max(map(len, shares)) - min(map(len, shares)) <= 1
+    with pytest.raises(
+        InputError, match=r"17 workers .* 32 makes 16 micro-batches .* 2: needed at least one"
+    ):
+        micro_batches(training, 0, 17)
+    with pytest.raises(InputError, match=r"batch_size 32 is no multiple of training\.micro_batch 3"):
+        micro_batches(configs.Training(micro_batch=3), 0, 1)
 
 
 def test_what_is_decayed_of_the_published_model():
