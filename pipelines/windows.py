@@ -17,7 +17,6 @@ import pyarrow as pa
 import ray.data
 import torch
 import xarray as xr
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pipelines.archives.store import Archive
 from pipelines.configs import unknown
@@ -131,7 +130,7 @@ def read_ahead(
     batch_size: int,
     device: torch.device,
 ) -> Iterator[dict[str, torch.Tensor]]:
-    """Batches of what is read of each row, in their order, by Ray Data tasks on this node.
+    """Batches of what is read of each row, in their order, by Ray Data tasks, on this node if it takes any.
 
     The tasks claim no processors, for theirs are in the claim of whoever reads: those of workers that have
     claimed all there are would wait for ever.
@@ -148,9 +147,8 @@ def read_ahead(
         batch_size=None,
         batch_format="pyarrow",
         num_cpus=0,
-        scheduling_strategy=NodeAffinitySchedulingStrategy(
-            ray.get_runtime_context().get_node_id(), soft=False
-        ),
+        label_selector={"ray.io/node-id": ray.get_runtime_context().get_node_id()},
+        fallback_strategy=[{"label_selector": {}}],
         concurrency=min(2, blocks),
     )
     for batch in dataset.iter_batches(batch_size=batch_size, prefetch_batches=2):
