@@ -222,15 +222,18 @@ def needs(verb: str, given: dict[str, Any], reserve: dict[str, float]) -> Iterat
     """What a verb cannot do without."""
     if "workers" in given or "replicas" in given:
         # Training's workers and a service's replicas start together; others run as many as there is room for.
-        together = int(given.get("workers") or 1) if verb == "train" else int(given.get("replicas") or 1)
+        together = int(given.get("replicas") or 1)
+        if verb == "train":
+            asked = cli.parse_workers(given["workers"])
+            together = asked if isinstance(asked, int) else asked[0]
         small = 0.5 if verb in ("forecast", "serve") else 1.0
         each = {"GPU": 1.0} if given.get("gpu") else {"CPU": small}
         if memory := given.get("memory_mb"):
             each["memory"] = memory * 1e6
         yield Need(f"a worker of {verb}", each, together if verb in ("train", "serve") else 1)
-    asked = {"CPU": reserve["cpus"], "GPU": reserve["gpus"], "memory": reserve["memory_mb"] * 1e6}
-    if any(asked.values()):
-        yield Need("the job's own process", {name: value for name, value in asked.items() if value}, 1)
+    own = {"CPU": reserve["cpus"], "GPU": reserve["gpus"], "memory": reserve["memory_mb"] * 1e6}
+    if any(own.values()):
+        yield Need("the job's own process", {name: value for name, value in own.items() if value}, 1)
 
 
 def _runtime_env(sending: Sending) -> dict[str, Any]:

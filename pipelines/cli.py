@@ -1,6 +1,7 @@
 """The `earthformer` command: one verb a stage."""
 
 import json
+import re
 import shlex
 import sys
 import warnings
@@ -137,8 +138,15 @@ def train(
     ] = None,
     config: ConfigFile = None,
     assignments: Assignments = None,
-    workers: Annotated[int, typer.Option(help="Data-parallel workers.")] = 1,
+    workers: Annotated[
+        str,
+        typer.Option(
+            metavar="N | MIN:MAX",
+            help="Data-parallel workers; MIN:MAX: as many as there is room for, while nodes come and go.",
+        ),
+    ] = "1",
     gpu: Annotated[bool, typer.Option("--gpu", help="One GPU a worker.")] = False,
+    max_failures: Annotated[int, typer.Option(help="Restarts from the last checkpoint; -1: any number.")] = 3,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the resolved configuration, and do nothing.")
     ] = False,
@@ -147,13 +155,34 @@ def train(
     from pipelines import configs
     from pipelines.train import train
 
+    asked = parse_workers(workers)
     overlay = configs.read_overlay(config, assignments or [])
     resolved = configs.resolve(task, preset, overlay, trainable=trainable, autoencoder=autoencoder)
     if dry_run:
         console.print_json(json.dumps({"config_hash": resolved.hash, **asdict(resolved)}))
         return
-    trained = train(resolved, archive, run, autoencoder=autoencoder, workers=workers, gpu=gpu)
+    trained = train(
+        resolved,
+        archive,
+        run,
+        autoencoder=autoencoder,
+        workers=asked,
+        gpu=gpu,
+        max_failures=max_failures,
+    )
     console.print(str(trained), highlight=False, soft_wrap=True)
+
+
+def parse_workers(text: str) -> int | tuple[int, int]:
+    """A number of workers, such as 4, or the fewest and the most of them, such as 1:4.
+
+    Raises:
+        InputError: it is neither.
+    """
+    if not re.fullmatch(r"\d+(:\d+)?", text):
+        raise InputError(f"--workers {text}: needed a number, or the fewest and the most, such as 1:4")
+    fewest, _, most = text.partition(":")
+    return (int(fewest), int(most)) if most else int(fewest)
 
 
 @app.command()

@@ -39,6 +39,8 @@ def connect(workers: int | None = None, address: str | None = None) -> None:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     # Notice soon that a training worker has died.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
+    # A node that is lost or just starting leaves room for fewer workers than asked: then look again sooner.
+    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "10")
     # Threads that wait for one another by spinning, as OpenMP's do unless told otherwise, make a step up to
     # a hundred times slower when another process wants the processor, as Ray Data's tasks do.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

@@ -9,6 +9,8 @@ RUN/checkpoints/00000162/    of step 162: weights.safetensors, state.pt and, wri
 import hashlib
 import io
 import json
+import tempfile
+from pathlib import Path
 from typing import Any
 
 import safetensors.torch
@@ -117,16 +119,20 @@ class Metrics:
         self.run = run
         # What a killed run logged after its last checkpoint is about to be done again.
         self.lines = [line for line in read_metrics(run) if line["step"] <= step]
-        self.board = SummaryWriter(f"{run}/tensorboard", purge_step=step + 1)
+        # Events are appended to a file, which object stores cannot do.
+        self.events = tempfile.TemporaryDirectory()
+        self.board = SummaryWriter(self.events.name, purge_step=step + 1)
 
     def write(self, step: int, values: dict[str, float]) -> None:
-        """Add a line; the file is written whole, since object stores cannot append."""
+        """Add a line; the files are written whole, since object stores cannot append."""
         self.lines.append({"step": step, **values})
         text = "".join(json.dumps(line) + "\n" for line in self.lines)
         write_whole(self.run, "metrics.jsonl", text.encode())
         for name, value in values.items():
             self.board.add_scalar(name, value, step)
         self.board.flush()
+        for file in Path(self.events.name).iterdir():
+            write_whole(f"{self.run}/tensorboard", file.name, file.read_bytes())
 
 
 def read_metrics(run: str) -> list[dict[str, float]]:

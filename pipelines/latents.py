@@ -13,7 +13,6 @@ from typing import Any
 import dask.array
 import numpy as np
 import pyarrow as pa
-import ray.data
 import safetensors.torch
 import torch
 import xarray as xr
@@ -24,7 +23,6 @@ from pipelines.archives import store
 from pipelines.archives.store import Archive
 from pipelines.series import Window
 from pipelines.storage import filesystem, write_whole
-from pipelines.windows import READ_WINDOWS
 
 AUTOENCODER = "autoencoder.safetensors"
 SHARD_WINDOWS = 16
@@ -182,24 +180,8 @@ def batches(
 
     Each epoch takes another version of a window, in turn.
     """
-    if not keys:
-        return
-    context = ray.data.DataContext.get_current()
-    context.execution_options.preserve_order = True
-    context.enable_progress_bars = False
-    rows = _rows(url)
-    places = [rows[key] for key in keys]
-    size = batch_size * max(1, READ_WINDOWS // batch_size)
-    blocks = [pa.table({"row": places[i : i + size]}) for i in range(0, len(places), size)]
-    dataset = ray.data.from_arrow(blocks).map_batches(
-        partial(_read, url=url, epoch=epoch),
-        batch_size=None,
-        batch_format="pyarrow",
-        num_cpus=0.25,
-        concurrency=min(2, len(blocks)),
-    )
-    for batch in dataset.iter_batches(batch_size=batch_size, prefetch_batches=2):
-        yield {str(name): torch.tensor(latents, device=device) for name, latents in batch.items()}
+    rows = [{"row": _rows(url)[key]} for key in keys]
+    return windows.read_ahead(rows, partial(_read, url=url, epoch=epoch), batch_size, device)
 
 
 def _read(table: pa.Table, url: str, epoch: int) -> dict[str, np.ndarray]:

@@ -1,8 +1,8 @@
 """What every training worker runs: the optimiser, its schedule, and the loop over epochs.
 
-The order of windows depends on (seed, epoch) alone and each optimiser step's random numbers on
-(seed, step, rank), so that a run which is killed and resumed takes the same steps as one that is not, and
-the same global batches whatever the number of workers.
+The order of windows depends on (seed, epoch) alone and the random numbers of a micro-batch on (seed, step,
+its place in the global batch), so that a run which is killed and resumed takes the same steps as one that is
+not, whatever the number of workers before and after.
 """
 
 import contextlib
@@ -34,21 +34,24 @@ CALIBRATION_WINDOWS = 64
 """Training windows that are looked at before the first step, by trainables that measure something of them."""
 
 
-def accumulation(training: configs.Training, workers: int) -> int:
-    """Micro-batches an optimiser step on each worker.
+def micro_batches(training: configs.Training, rank: int, workers: int) -> range:
+    """Which micro-batches of each global batch are a worker's; where they do not divide, some have one more.
 
     Raises:
-        InputError: no workers, or the global batch is no multiple of workers times micro-batch.
+        InputError: no workers, or more than there are micro-batches; a global batch that these do not divide.
     """
     if workers < 1:
         raise InputError(f"{workers} workers asked: needed at least 1")
-    share = training.micro_batch * workers
-    if training.batch_size % share:
+    batch, micro = training.batch_size, training.micro_batch
+    if batch % micro:
+        raise InputError(f"training.batch_size {batch} is no multiple of training.micro_batch {micro}")
+    many = batch // micro
+    if workers > many:
         raise InputError(
-            f"training.batch_size {training.batch_size} is no multiple of {workers} worker(s) times "
-            f"training.micro_batch {training.micro_batch}"
+            f"{workers} workers asked, and training.batch_size {batch} makes {many} micro-batches of "
+            f"training.micro_batch {micro}: needed at least one for each worker"
         )
-    return training.batch_size // share
+    return range(rank * many // workers, (rank + 1) * many // workers)
 
 
 def schedule_steps(training: configs.Training, train_windows: int) -> int:
@@ -104,10 +107,15 @@ def work(loop: dict[str, Any]) -> None:
         torch.set_num_threads(max(1, engine.cores() // context.get_local_world_size()))
     if journal.read_record(loop["run"], "config.json", needs="config_hash") is None:
         raise InputError(f"{loop['run']} is out of sight from a worker: needed a store that all nodes share")
-    for _ in begin(
-        configs.from_dict(loop["config"]), open_archive(loop["archive"]), loop["run"], ranks
-    ).steps():
-        pass
+    config = configs.from_dict(loop["config"])
+    begun = begin(config, open_archive(loop["archive"]), loop["run"], ranks)
+    noticed = False
+    for _ in begun.steps():
+        # That a node is about to be taken away, as spot machines are, Ray Train tells all ranks at the same
+        # step. When it is gone, the others begin at this checkpoint.
+        if not noticed and ray.train.get_preemption_info() is not None:
+            begun.save()
+            noticed = True
 
 
 @dataclass(frozen=True)
@@ -216,6 +224,8 @@ class Loop:
         self.train_windows = windows.enumerate_windows(task, self.archive, "train")
         self.val_windows = windows.enumerate_windows(task, self.archive, "val")
         self.epoch_steps = len(self.train_windows) // self.config.training.batch_size
+        self.mine = micro_batches(self.config.training, self.ranks.rank, self.ranks.world)
+        self.saved = self.state.step
         self.interval = _Interval()
         self.last: dict[str, float] = {}
 
@@ -249,16 +259,15 @@ class Loop:
 
     def _batches(self) -> Iterator[list[dict[str, Tensor]]]:
         """This rank's micro-batches of each global batch that the epoch has left."""
-        training, ranks = self.config.training, self.ranks
+        training, mine = self.config.training, self.mine
         order = windows.epoch_order(self.train_windows, training.seed, self.state.epoch)
-        share = training.batch_size // ranks.world
-        mine: list[Window] = []
+        first, last = (place * training.micro_batch for place in (mine.start, mine.stop))
+        keys: list[Window] = []
         for step in range(self.state.step_in_epoch, self.epoch_steps):
-            first = step * training.batch_size + ranks.rank * share
-            mine += order[first : first + share]
-        batches = self._read(mine)
-        many = accumulation(training, ranks.world)
-        while len(step_batches := [b for _, b in zip(range(many), batches, strict=False)]) == many:
+            start = step * training.batch_size
+            keys += order[start + first : start + last]
+        batches = self._read(keys)
+        while len(step_batches := [b for _, b in zip(mine, batches, strict=False)]) == len(mine):
             yield step_batches
 
     def _read(self, keys: list[Window]) -> Iterator[dict[str, Tensor]]:
@@ -273,18 +282,21 @@ class Loop:
         rate = learning_rate(step, schedule_steps(training, len(self.train_windows)), training)
         for group in self.optimiser.param_groups:
             group["lr"] = rate
-        # Dropout's numbers follow from where we are, so that a resumed run repeats them.
-        seeds = np.random.SeedSequence([training.seed, step, self.ranks.rank])
-        torch.manual_seed(int(seeds.generate_state(1)[0]))
         self.model.train()
         loss = torch.zeros((), device=self.ranks.device)
-        for i, batch in enumerate(batches):
-            held = self.ranks.world > 1 and i < len(batches) - 1
+        # Gradients are averaged over the ranks: so weighted, they are those of the mean of all micro-batches,
+        # however many of them are this rank's.
+        weight = self.ranks.world * training.micro_batch / training.batch_size
+        for place, batch in zip(self.mine, batches, strict=True):
+            # Dropout's numbers follow from where we are, so that they are the same on any rank, at any time.
+            seeds = np.random.SeedSequence([training.seed, step, place])
+            torch.manual_seed(int(seeds.generate_state(1)[0]))
+            held = self.ranks.world > 1 and place < self.mine[-1]
             if training.augment and not latents.stored(self.config):
                 batch = augmented(batch)
             with self.model.no_sync() if held else contextlib.nullcontext():
                 with self._autocast():
-                    part = self.model(batch, step) / len(batches)
+                    part = self.model(batch, step) * weight
                 part.backward()
             loss += part.detach()
         # A part without gradients, such as an idle discriminator, has a norm of 0 on the CPU.
@@ -318,9 +330,16 @@ class Loop:
             values = {"epoch": self.state.epoch, "loss": loss, **self.last, "windows_per_s": speed, **more}
             self.metrics.write(self.state.step, values)
 
+    def save(self) -> None:
+        """A checkpoint of the last step, if it has none; all ranks must call this, between two steps."""
+        if self.saved < self.state.step:
+            self._save({})
+
     def _save(self, validated: dict[str, float]) -> None:
         """A checkpoint, and a line of metrics, so that lines are the same however often a run is cut."""
-        self._log(validated)
+        if self.interval.steps:
+            self._log(validated)
+        self.saved = self.state.step
         if self.ranks.rank > 0:
             return
         record = {

@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import math
 import tempfile
 import threading
 import warnings
@@ -40,7 +41,7 @@ def train(
     run: str,
     *,
     autoencoder: str | None = None,
-    workers: int = 1,
+    workers: int | tuple[int, int] = 1,
     gpu: bool = False,
     max_failures: int = 3,
     progress: bool = True,
@@ -52,16 +53,23 @@ def train(
         archive: URL of a complete archive of the task's kind.
         run: URL of the run directory, on a store that all nodes share.
         autoencoder: for trainables on latents: URL of the autoencoder's finished run.
-        workers: data-parallel workers; the global batch stays `config.training.batch_size`.
+        workers: data-parallel workers, or the fewest and the most of them: then as many as the cluster has
+            room for, at the start and whenever nodes come or go. The global batch stays
+            `config.training.batch_size`, and every step is the same whatever their number.
         gpu: one GPU a worker.
-        max_failures: restarts of the worker group from the last checkpoint before giving up.
+        max_failures: restarts of the worker group from the last checkpoint before giving up; those for nodes
+            whose end was announced do not count.
         progress: a bar, and a line a validation.
 
     Raises:
-        InputError: the batch does not divide, the archive does not fit task or model, `run` holds a run of
-            another configuration or archive, or training diverged.
+        InputError: there are more workers than micro-batches, the archive does not fit task or model, `run`
+            holds a run of another configuration or archive, or training diverged.
     """
-    loop.accumulation(config.training, workers)
+    fewest, most = (workers, workers) if isinstance(workers, int) else workers
+    for number in (fewest, most):
+        loop.micro_batches(config.training, 0, number)
+    if fewest > most:
+        raise InputError(f"from {fewest} to {most} workers asked: needed the smaller number first")
     opened = open_archive(archive)
     counts = _check(config, opened)
     provenance = {"archive": archive, "archive_hash": opened.config_hash, "windows": counts}
@@ -77,7 +85,7 @@ def train(
             latents.take_autoencoder(run, source)
         engine.connect()
         if latents.stored(config):
-            latents.encode(config, opened, engine.absolute(run), workers=workers, gpu=gpu, progress=progress)
+            latents.encode(config, opened, engine.absolute(run), workers=most, gpu=gpu, progress=progress)
         _fit(config, archive, run, workers, gpu, max_failures, progress, counts["train"])
     return Trained(run, runs.complete(run, config, provenance))
 
@@ -118,12 +126,13 @@ def _fit(
     config: configs.Config,
     archive: str,
     run: str,
-    workers: int,
+    workers: int | tuple[int, int],
     gpu: bool,
     max_failures: int,
     progress: bool,
     train_windows: int,
 ) -> None:
+    fewest = workers if isinstance(workers, int) else workers[0]
     steps = config.training.epochs * (train_windows // config.training.batch_size)
     shown = _shown(run, config.monitor, steps) if progress else contextlib.nullcontext()
     with tempfile.TemporaryDirectory() as scratch, shown:
@@ -135,10 +144,14 @@ def _fit(
                 "run": engine.absolute(run),
             },
             scaling_config=ray.train.ScalingConfig(
-                num_workers=workers, use_gpu=gpu, resources_per_worker=_resources(workers, gpu)
+                num_workers=cast(Any, workers),
+                use_gpu=gpu,
+                resources_per_worker=_resources(fewest, gpu),
+                # GPUs that share a machine talk fastest; processors that share one wait for one another.
+                placement_strategy="PACK" if gpu else "SPREAD",
             ),
             run_config=ray.train.RunConfig(
-                # Checkpoints are the run's own: Ray leaves nothing here that is worth keeping.
+                # Checkpoints are the run's own: Ray's controller, on this node, leaves nothing worth keeping.
                 storage_path=scratch,
                 failure_config=ray.train.FailureConfig(max_failures=max_failures),
                 callbacks=cast(Any, [_GiveUp()]),
@@ -168,15 +181,14 @@ def _hopeless(error: Exception) -> Exception | None:
     return cause if isinstance(cause, InputError) or full else None
 
 
-def _resources(workers: int, gpu: bool) -> dict[str, float]:
-    """What each worker claims: never all of a small machine, where Ray Data's reading needs slots too."""
+def _resources(fewest: int, gpu: bool) -> dict[str, float]:
+    """What each worker claims: a processor, or its share of them where there are fewer than must be."""
     cluster = ray.cluster_resources()
-    if gpu and cluster.get("GPU", 0) < workers:
-        warnings.warn(
-            f"the cluster has {cluster.get('GPU', 0):.0f} GPUs: waiting for {workers}", stacklevel=2
-        )
-    cpus = cluster.get("CPU", 0) or engine.cores()
-    return {"CPU": min(1.0, cpus / (2 * workers)), **({"GPU": 1.0} if gpu else {})}
+    if gpu and cluster.get("GPU", 0) < fewest:
+        warnings.warn(f"the cluster has {cluster.get('GPU', 0):.0f} GPUs: waiting for {fewest}", stacklevel=2)
+    share = (cluster.get("CPU", 0) or engine.cores()) / fewest
+    # Ray counts how often a claim goes into what a node has: of halves it does so exactly.
+    return {"CPU": min(1.0, 2.0 ** math.floor(math.log2(share))), **({"GPU": 1.0} if gpu else {})}
 
 
 @contextlib.contextmanager

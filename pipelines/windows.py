@@ -7,7 +7,8 @@ A batch carries what the archive stores: uint8 (255 is missing) and float32 as t
 such as radar's, are unpacked to float32 in their units, NaN where missing.
 """
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -119,24 +120,40 @@ def batches(
 
     Pixels travel in the archive's dtype (SEVIR: uint8) and are scaled on the device, by the forecaster.
     """
-    if not windows:
+    read = partial(_read_table, task=task, archive=archive)
+    return read_ahead(to_table(windows).to_pylist(), read, batch_size, device)
+
+
+def read_ahead(
+    rows: Sequence[dict[str, Any]],
+    read: Callable[[pa.Table], dict[str, np.ndarray]],
+    batch_size: int,
+    device: torch.device,
+) -> Iterator[dict[str, torch.Tensor]]:
+    """Batches of what is read of each row, in their order, by Ray Data tasks, on this node if it takes any.
+
+    The tasks claim no processors, for theirs are in the claim of whoever reads: those of workers that have
+    claimed all there are would wait for ever.
+    """
+    if not rows:
         return
     context = ray.data.DataContext.get_current()
     context.execution_options.preserve_order = True
     context.enable_progress_bars = False
     # A block is what one task reads: a few batches, so that a task's overhead is small beside its work.
-    size = batch_size * max(1, READ_WINDOWS // batch_size)
-    blocks = [to_table(windows[i : i + size]) for i in range(0, len(windows), size)]
-    dataset = ray.data.from_arrow(blocks).map_batches(
-        partial(_read_table, task=task, archive=archive),
+    blocks = math.ceil(len(rows) / (batch_size * max(1, READ_WINDOWS // batch_size)))
+    dataset = ray.data.from_items(list(rows), override_num_blocks=blocks).map_batches(
+        read,
         batch_size=None,
         batch_format="pyarrow",
-        num_cpus=0.25,
-        concurrency=min(2, len(blocks)),
+        num_cpus=0,
+        label_selector={"ray.io/node-id": ray.get_runtime_context().get_node_id()},
+        fallback_strategy=[{"label_selector": {}}],
+        concurrency=min(2, blocks),
     )
     for batch in dataset.iter_batches(batch_size=batch_size, prefetch_batches=2):
         # Copied: Ray's blocks are shared and cannot be written to.
-        yield {str(name): torch.tensor(pixels, device=device) for name, pixels in batch.items()}
+        yield {str(name): torch.tensor(values, device=device) for name, values in batch.items()}
 
 
 def to_table(windows: Sequence[Window]) -> pa.Table:

@@ -18,6 +18,7 @@ import ray
 import safetensors.torch
 import torch
 import yaml
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
 from earthformer.forecasters import EarthformerForecaster
@@ -25,7 +26,7 @@ from earthformer.presets import EARTHFORMERS
 from pipelines import cli, configs, journal, runs, windows
 from pipelines.archives import store, synthetic
 from pipelines.errors import InputError, boundary_error
-from pipelines.loop import Ranks, accumulation, begin, learning_rate, parameter_groups, schedule_steps
+from pipelines.loop import Ranks, begin, learning_rate, micro_batches, parameter_groups, schedule_steps
 from pipelines.prepare import prepare
 from pipelines.train import train
 
@@ -145,10 +146,18 @@ def test_layer_norms_and_biases_are_not_decayed():
     assert len(free) == 5
 
 
-def test_a_batch_that_does_not_divide_is_refused():
-    with pytest.raises(InputError, match=r"batch_size 32 is no multiple of 3 worker\(s\) times .* 2"):
-        accumulation(configs.Training(), 3)
-    assert accumulation(configs.Training(), 2) == 8
+def test_each_micro_batch_is_some_workers():
+    training = configs.Training()
+    for workers in (1, 2, 3, 16):
+        shares = [micro_batches(training, rank, workers) for rank in range(workers)]
+        assert [place for share in shares for place in share] == list(range(16))
+        assert max(map(len, shares)) - min(map(len, shares)) <= 1
+    with pytest.raises(
+        InputError, match=r"17 workers .* 32 makes 16 micro-batches .* 2: needed at least one"
+    ):
+        micro_batches(training, 0, 17)
+    with pytest.raises(InputError, match=r"batch_size 32 is no multiple of training\.micro_batch 3"):
+        micro_batches(configs.Training(micro_batch=3), 0, 1)
 
 
 def test_what_is_decayed_of_the_published_model():
@@ -176,7 +185,8 @@ def test_what_a_run_leaves(undisturbed):
     assert [line["step"] for line in lines if "CSI-M" in line] == [4, 8, 12]
     assert lines[0]["learning_rate"] == 0
     assert all(line["windows_per_s"] > 0 for line in lines)
-    assert any((Path(undisturbed) / "tensorboard").iterdir())
+    board = EventAccumulator(f"{undisturbed}/tensorboard").Reload()
+    assert [event.step for event in board.Scalars("loss")] == list(range(1, STEPS + 1))
     records = journal.checkpoints(undisturbed)
     assert records[-1]["step"] == STEPS
     assert records[-1]["finished"]
@@ -224,6 +234,20 @@ def test_a_run_cut_at_any_step_ends_as_an_undisturbed_one(tmp_path, archive, und
                 break
     *_, last = begun(small(), archive, run).steps()
     assert last == STEPS
+    same(outcome(run), outcome(undisturbed), 0.0)
+
+
+def test_a_checkpoint_out_of_turn_changes_nothing(tmp_path, archive, undisturbed):
+    run = str(tmp_path / "run")
+    for step in (loop := begun(small(log_steps=2), archive, run)).steps():
+        loop.save()
+        assert journal.checkpoints(run)[-1]["step"] == step
+        if step == 5:
+            break
+    # That of the validation, at step 4, is as it was.
+    assert journal.best(journal.checkpoints(run))["step"] == 4
+    assert [line["step"] for line in journal.read_metrics(run)] == [1, 2, 3, 4, 5]
+    list(begun(small(), archive, run).steps())
     same(outcome(run), outcome(undisturbed), 0.0)
 
 
@@ -329,10 +353,10 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path, archive, undisturbed
 # -------------------------------------------------------------------------------------------- Ray Train
 
 
-def test_two_workers_take_the_steps_of_one(tmp_path, archive, undisturbed, capsys):
-    # Each worker sums two micro-batches a step, where the one alone took the same windows by twos.
+def test_three_workers_take_the_steps_of_one(tmp_path, archive, undisturbed, capsys):
+    # One of them sums two micro-batches a step, where the one alone took the same windows by twos.
     run, config = str(tmp_path / "run"), small(micro_batch=1)
-    trained = train(config, archive, run, workers=2)
+    trained = train(config, archive, run, workers=3)
     assert [line.split(":")[0] for line in capsys.readouterr().out.splitlines() if "CSI-M" in line] == [
         "step 4",
         "step 8",
@@ -352,7 +376,7 @@ def test_two_workers_take_the_steps_of_one(tmp_path, archive, undisturbed, capsy
     )
     # The same call finds it done.
     written = (Path(run) / "run.json").stat().st_mtime_ns
-    assert train(config, archive, run, workers=2, progress=False).record == trained.record
+    assert train(config, archive, run, workers=3, progress=False).record == trained.record
     assert (Path(run) / "run.json").stat().st_mtime_ns == written
 
 
@@ -465,9 +489,20 @@ def test_a_model_that_cannot_be_built_is_said_before_ray_starts(tmp_path, archiv
         train(config, archive, str(tmp_path / "run"))
 
 
-def test_no_workers_are_refused(tmp_path, archive):
-    with pytest.raises(InputError, match="0 workers asked"):
-        train(small(), archive, str(tmp_path / "run"), workers=0)
+@pytest.mark.parametrize(
+    ("workers", "message"),
+    [
+        ("0", "0 workers asked"),
+        ("0:2", "0 workers asked"),
+        ("2:1", "from 2 to 1 workers asked: needed the smaller number first"),
+        ("1:3", "3 workers asked, and training.batch_size 4 makes 2 micro-batches"),
+        ("1-2", "--workers 1-2: needed a number, or the fewest and the most, such as 1:4"),
+    ],
+)
+def test_impossible_numbers_of_workers_are_refused(tmp_path, archive, workers, message):
+    with pytest.raises(InputError, match=message):
+        train(small(), archive, str(tmp_path / "run"), workers=cli.parse_workers(workers))
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_dry_run_prints_the_configuration(tmp_path, capsys):

@@ -62,6 +62,8 @@ def cluster(*cpus: int, grows: int = 0, last: Mapping[str, str] | None = None) -
     environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
     # A node that is killed is missed within seconds.
     environment |= {"RAY_health_check_period_ms": "1000", "RAY_health_check_failure_threshold": "3"}
+    # As `engine.connect` has it: a process that has imported PyTorch is kept.
+    environment |= {"RAY_idle_worker_killing_time_threshold_ms": "600000"}
     process = subprocess.Popen(
         [sys.executable, __file__, str(grows), json.dumps(dict(last or {})), *map(str, cpus)],
         env=environment,
