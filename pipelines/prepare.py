@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from pipelines.tasks import Task
 
 KINDS = ("sevir", "sevir-lr", "enso", "radar")
-MOST_SHARDS = 8
-"""Of a task."""
+MOST_SHARDS, MOST_TASKS = 8, 20_000
+"""Of a task, and of an archive, whose tasks hold more shards where that is needed."""
 _SCRATCH = "memory://earthformer-estimate"
 
 
@@ -227,12 +227,7 @@ def _write_all(
     context.execution_options.preserve_order = False
     # None where a cluster is yet to grow.
     slots = workers or int(ray.cluster_resources().get("CPU", 0)) or 1
-    # A shard travels with its row, and not all of them with the function that every task loads.
-    tasks = [
-        pa.table({"number": numbers, "shard": [pickle.dumps(plan.shards[n]) for n in numbers]})
-        for numbers in _tasks(engine.from_anywhere(pending), slots)
-    ]
-    rows = ray.data.from_arrow(tasks).map(
+    rows = ray.data.from_arrow(list(_tables(plan, engine.from_anywhere(pending), slots))).map(
         partial(_write_shard, archive=archive, strict=strict),
         num_cpus=1,
         memory=memory_mb * 1_000_000 if memory_mb else None,
@@ -241,12 +236,19 @@ def _write_all(
     return sum(row["written"] for row in engine.track(rows, len(pending), "prepare", progress))
 
 
+def _tables(plan: Plan, pending: Sequence[int], workers: int) -> Iterator[pa.Table]:
+    """What each task is given: a shard travels with its row, and not all of them with the function."""
+    for numbers in _tasks(pending, workers):
+        yield pa.table({"number": numbers, "shard": [pickle.dumps(plan.shards[n]) for n in numbers]})
+
+
 def _tasks(pending: Sequence[int], workers: int) -> Iterator[Sequence[int]]:
     """Shards task by task: several at first, since Ray Data looks for free workers ten times a second only,
     and single ones at last, so that all workers end at about the same time."""
+    most = max(MOST_SHARDS, len(pending) // MOST_TASKS)
     first = 0
     while first < len(pending):
-        size = min(MOST_SHARDS, -(-(len(pending) - first) // (2 * workers)))
+        size = min(most, -(-(len(pending) - first) // (2 * workers)))
         yield pending[first : first + size]
         first += size
 
