@@ -51,15 +51,17 @@ def synthesize(
 ) -> None:
     """Write a synthetic raw archive in the real format: storms for sevir and radar, an ocean for enso."""
     from pipelines.archives import synthetic
+    from pipelines.storage import local_folder
 
-    if kind == "sevir":
-        synthetic.write_sevir(out, events=events, seed=seed, modalities=tuple(modalities.split(",")))
-    elif kind == "enso":
-        synthetic.write_enso(out, seed=seed)
-    elif kind == "radar":
-        synthetic.write_radar(out, sequences=events, seed=seed)
-    else:
+    if kind not in ("sevir", "enso", "radar"):
         raise InputError(f"kind {kind!r} is unknown: needed sevir, enso or radar")
+    with local_folder(out) as folder:
+        if kind == "sevir":
+            synthetic.write_sevir(folder, events=events, seed=seed, modalities=tuple(modalities.split(",")))
+        elif kind == "enso":
+            synthetic.write_enso(folder, seed=seed)
+        else:
+            synthetic.write_radar(folder, sequences=events, seed=seed)
     console.print(f"{out}: synthetic {kind}, seed {seed}")
 
 

@@ -2,6 +2,7 @@
 
 import gc
 import json
+import tempfile
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -158,6 +159,18 @@ def write_all(url: str, contents: Mapping[str, bytes]) -> None:
         return
     for name, content in contents.items():
         write_whole(url, name, content)
+
+
+@contextmanager
+def local_folder(url: str) -> Iterator[str]:
+    """A folder of this machine whose files are in that of the URL afterwards, which may be the same."""
+    fs, path = filesystem(url)
+    if isinstance(fs, LocalFileSystem):
+        yield path
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        yield folder
+        fs.put(f"{folder}/", path, recursive=True)
 
 
 def read(url: str, name: str) -> bytes | None:
