@@ -237,9 +237,10 @@ def forecast(
     gpu: Annotated[bool, typer.Option("--gpu", help="One GPU a replica.")] = False,
     batch_size: Annotated[int, typer.Option(help="Windows, or members, a forward pass.")] = 8,
     dry_run: DryRun = False,
+    prices: Prices = None,
 ) -> None:
     """Forecast a split of an archive into a CF Zarr; the same command resumes."""
-    from pipelines import configs, plans
+    from pipelines import configs, costs, plans
     from pipelines import forecast as stage
     from pipelines.baselines import BASELINES
     from pipelines.events import read_events
@@ -286,12 +287,13 @@ def forecast(
         drawing=drawing,
     )
     if dry_run:
-        todo, template = stage.pending(planned, out), stage.template(planned)
-        console.print(escape(str(template)), highlight=False, soft_wrap=True)
-        said = (
-            f"{out}: would write {template.nbytes / 1e6:.1f} MB, {len(todo)} of {planned.shards} shards to do"
-        )
-        console.print(escape(said), highlight=False, soft_wrap=True)
+        priced = costs.read_prices(prices) if prices else None
+        work = stage.estimate(planned, out, workers=workers, gpu=gpu, batch_size=batch_size)
+        template = stage.template(planned)
+        rows = {"shards": f"{planned.shards}, of which {work.tasks} are to be written", **work.rows(priced)}
+        first = f"{out}: would hold {len(planned.keys)} windows by {planned.forecaster}"
+        said = [str(template), first, *(f"  {name:<8} {text}" for name, text in rows.items())]
+        console.print(escape("\n".join(said)), highlight=False, soft_wrap=True)
         return
     done = stage.forecast(planned, out, workers=workers, gpu=gpu, batch_size=batch_size)
     console.print(escape(str(done)), highlight=False, soft_wrap=True)
@@ -537,7 +539,7 @@ def reprocess(
             said = f"earthformer {shlex.join(step.words)}\n  needs {', '.join(missing)}, not there yet"
             console.print(escape(said), highlight=False, soft_wrap=True)
         elif step.words[0] != "report":
-            priced = ("--prices", prices) if prices and step.words[0] == "prepare" else ()
+            priced = ("--prices", prices) if prices else ()
             command((*step.words, "--dry-run", *priced))
 
 

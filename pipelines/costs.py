@@ -1,5 +1,6 @@
 """What a job will take: bytes, tasks, memory and hours, judging by a part that was measured; its price."""
 
+import resource
 from dataclasses import dataclass
 
 import fsspec
@@ -63,12 +64,9 @@ class Work:
     """Of a task's process, at most."""
     cpu_hours: float = 0.0
     gpu_hours: float = 0.0
+    hours: float = 0.0
+    """From begin to end by so many `workers`, once Ray is up."""
     workers: int = 1
-
-    @property
-    def hours(self) -> float:
-        """By so many workers at a time, once Ray is up."""
-        return (self.cpu_hours + self.gpu_hours) / self.workers
 
     def rows(self, prices: Prices | None = None) -> dict[str, str]:
         """For people: a name and a text each."""
@@ -95,6 +93,11 @@ class Work:
         said = ", ".join(f"{name} {value:.2f}" for name, value in parts.items())
         month = self.written_bytes / 1e9 * prices.stored_gb_month
         return f"{sum(parts.values()):.2f} {prices.currency} ({said}), and {month:.2f} a month to keep it"
+
+
+def peak_memory() -> int:
+    """The most bytes of memory that this process has had."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def size(count: float) -> str:

@@ -3,7 +3,7 @@
 import os
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import numpy as np
@@ -12,6 +12,7 @@ import torch
 from earthformer.forecasters import Members, members_of
 from pipelines import engine, telemetry, windows
 from pipelines.archives import store
+from pipelines.costs import HOUR, Work, peak_memory
 from pipelines.ensembles import Reduction
 from pipelines.errors import InputError
 from pipelines.forecast_store import member_seeds, template
@@ -122,6 +123,62 @@ def pending(planned: Plan, out: str) -> list[int]:
     return list(range(planned.shards))
 
 
+def estimate(planned: Plan, out: str, *, workers: int = 1, gpu: bool = False, batch_size: int = 8) -> Work:
+    """What `forecast` would take with the same arguments: one batch is made here, and nothing written.
+
+    A diffusion model's batch is made in two and in three steps; the others take as long as the third.
+
+    Raises:
+        InputError: as `forecast`.
+    """
+    todo = pending(planned, out)
+    windows_left = sum(len(planned.keys[planned.shard(index)]) for index in todo)
+    threads = max(1, engine.cores() // workers)
+    members = at_once(planned.ensemble, batch_size) if planned.ensemble.reduced else 1
+    steps = planned.drawing.steps if planned.drawing is not None else 0
+    if steps > 3:
+        two, three = (_batch_seconds(planned, members, batch_size, threads, gpu, k) for k in (2, 3))
+        seconds = two + (steps - 2) * max(0.0, three - two)
+    else:
+        seconds = _batch_seconds(planned, members, batch_size, threads, gpu, steps)
+    each = min(batch_size, len(planned.keys))
+    batches = windows_left * (planned.ensemble.members / members if planned.ensemble.reduced else 1 / each)
+    hours = seconds * batches / HOUR
+    whole, share = template(planned), windows_left / len(planned.keys)
+    pixels = windows.read(planned.task, planned.archive, planned.keys[:1])
+    return Work(
+        tasks=len(todo),
+        read_bytes=windows_left * float(sum(values.nbytes for values in pixels.values())),
+        written_bytes=whole.nbytes * share,
+        gets=windows_left,
+        puts=len(todo) * (1 + len(whole.data_vars)),
+        memory_bytes=peak_memory(),
+        cpu_hours=0.0 if gpu else hours * threads,
+        gpu_hours=hours if gpu else 0.0,
+        hours=hours / workers,
+        workers=workers,
+    )
+
+
+def _batch_seconds(
+    planned: Plan, members: int, batch_size: int, threads: int, gpu: bool, steps: int
+) -> float:
+    """Of one batch, the quickest of three: the first warms the device up."""
+    some = replace(planned, ensemble=replace(planned.ensemble, members=max(members, 2), until_ci=None))
+    if not planned.ensemble.reduced:
+        some = planned
+    if planned.drawing is not None:
+        some = replace(some, drawing=replace(planned.drawing, steps=steps))
+    replica = _Replica(some, "", batch_size, threads, "cuda" if gpu else "cpu")
+    places = range(1 if some.ensemble.reduced else min(batch_size, len(planned.keys)))
+    seconds = []
+    for _ in range(3):
+        began = time.perf_counter()
+        replica.make(places)
+        seconds.append(time.perf_counter() - began)
+    return min(seconds)
+
+
 class _Replica:
     """One replica of the forecaster: makes and writes whole shards."""
 
@@ -140,8 +197,7 @@ class _Replica:
         if store.is_written(self.out, shard):
             # By the replica that this one stands in for, or by another command.
             return nothing
-        make = self._ensembles if planned.ensemble.reduced else self._fields
-        values = make(range(place.start, place.stop))
+        values = self.make(range(place.start, place.stop))
         region = {"window": place}
         crc32 = store.write_region(self.out, "", values, region)
         store.write_record(self.out, shard, {"regions": [store.region_record("", region, crc32)]})
@@ -164,6 +220,10 @@ class _Replica:
             "requested": requested,
             "achieved": achieved,
         }
+
+    def make(self, places: Sequence[int]) -> dict[str, np.ndarray]:
+        """What is stored of some windows."""
+        return self._ensembles(places) if self.planned.ensemble.reduced else self._fields(places)
 
     def _fields(self, places: Sequence[int]) -> dict[str, np.ndarray]:
         """Deterministic forecasts of some windows."""

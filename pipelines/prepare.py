@@ -1,7 +1,6 @@
 """Raw archive to sharded Zarr, on Ray Data: one task a shard, records written last, resumable."""
 
 import pickle
-import resource
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
@@ -15,7 +14,7 @@ import ray.data
 
 from pipelines import engine, telemetry
 from pipelines.archives import BrokenFile, Decoded, Plan, Shard, checks, enso, radar, sevir, store
-from pipelines.costs import HOUR, Prices, Work, size
+from pipelines.costs import HOUR, Prices, Work, peak_memory, size
 from pipelines.errors import InputError
 from pipelines.storage import filesystem, join
 
@@ -365,8 +364,9 @@ def _measure(plan: Plan, shard: Shard, shards: int, workers: int) -> Work:
         gets=gets * scale,
         # With the record of each.
         puts=objects * scale + shards,
-        memory_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        memory_bytes=peak_memory(),
         cpu_hours=seconds * scale / HOUR,
+        hours=seconds * scale / HOUR / workers,
         workers=workers,
     )
 
