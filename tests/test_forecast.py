@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import os
 import pickle
+import re
 import shutil
 import subprocess
 import sys
@@ -524,7 +525,11 @@ def test_a_dry_run_says_what_would_be_written_and_writes_nothing(folder, earthfo
     code, out, _ = earthformer(*where, "dry.zarr")
     assert code == 0
     assert "datetime64[ns]" in out
-    assert out.splitlines()[-1] == "dry.zarr: would write 1.7 MB, 6 of 6 shards to do"
+    assert "dry.zarr: would hold " in out
+    told = dict(re.findall(r"^  (shards|read|write|tasks|time|cost) +(.*)$", out, re.MULTILINE))
+    assert told["shards"] == "6, of which 6 are to be written"
+    assert told["write"].startswith("1.7 MB, ")
+    assert re.fullmatch(r"\S+ CPU-hours, .+ by 1 worker\(s\)", told["time"])
     assert not (folder / "dry.zarr").exists()
     code, _, err = earthformer(*where, "whole.zarr", "--seed", "3")
     assert code == 2
