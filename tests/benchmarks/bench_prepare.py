@@ -1,11 +1,16 @@
-"""Speed and memory of `prepare`, beside a bare loop that does the same work without Ray.
+"""Speed and memory of `prepare`, beside a bare loop that does the same work, and beside xarray with Dask.
 
-    python tests/benchmarks/bench_prepare.py [--mb 1000] [--workers 2] [--repeats 3] [--folder FOLDER]
+    python tests/benchmarks/bench_prepare.py [--mb 1000] [--repeats 3] [--folder FOLDER] [--times 1]
 
 The raw archive is synthetic SEVIR VIL in the real layout, written once (and kept in FOLDER, if one is given).
-Both ways inflate its HDF5, turn each event to (time, y, x) and write shards of the same Zarr array, by as
-many processes, taken in turn; processes are started, and have imported what they need, before the clock runs.
-Speed is in decoded pixels (one byte each); memory is the peak of a worker's resident set over its life.
+All ways inflate its HDF5, turn each event to (time, y, x) and write shards of the same Zarr array with the
+same codec, in turn, in one run. `prepare` and the bare loop of processes have one worker and then two, whose
+processes are started, and have imported what they need, before the clock runs. xarray opens the files with
+h5netcdf, chunks them by shards and writes them with `to_zarr` on as many of Dask's threads as there are
+processors.
+
+Speed is in decoded pixels (one byte each); memory is the peak of a worker's resident set over its life. With
+`--times 10` a source of ten times the size is prepared once more, for its memory.
 """
 
 import argparse
@@ -16,12 +21,14 @@ import statistics
 import tempfile
 import threading
 import time
+from collections import defaultdict
 from pathlib import Path
 
 import h5py
 import numpy as np
 import psutil
 import ray
+import xarray as xr
 import zarr
 from rich.console import Console
 from rich.table import Table
@@ -31,8 +38,6 @@ from pipelines.archives import sevir, store, synthetic
 from pipelines.prepare import prepare
 
 EVENT_MB = 384 * 384 * 49 / 1e6
-SHARE = 0.8
-MOST_GB = 1.0
 SHARD_MB = 128
 Job = tuple[str, str, int, list[tuple[str, int]]]
 
@@ -103,75 +108,121 @@ class FirstTasks:
         self.start_up = statistics.mean(self.seen.values())
 
 
+def by_dask(source: Path, target: str) -> None:
+    """The same archive by xarray alone."""
+    files = sorted((source / "data/vil").rglob("*.h5"))
+    opened = xr.open_mfdataset(
+        files, engine="h5netcdf", phony_dims="access", combine="nested", concat_dim="phony_dim_0", chunks={}
+    )
+    event, y, x, time_ = opened["vil"].dims
+    planned = sevir.plan(str(source), shard_mb=SHARD_MB)
+    stored = planned.groups[""]["vil"].encoding
+    turned = opened[["vil"]].transpose(event, time_, y, x)
+    whole = turned.chunk({event: stored["shards"][0], time_: -1, y: -1, x: -1}).drop_encoding()
+    encoding = store._encoding(planned.groups[""]["vil"])
+    whole.to_zarr(target, encoding={"vil": encoding}, consolidated=False, zarr_format=3)
+
+
 def main() -> None:
-    """Write the raw archive, measure both ways in turn, and print the table."""
+    """Write the raw archive, measure all ways in turn, and print the table."""
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("--mb", type=int, default=1000, help="raw size")
-    parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--times", type=int, default=1, help="also prepare a source so many times as large")
     parser.add_argument("--folder", help="where the raw archive is kept, or is found")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="bench-prepare-") as scratch:
         measure(arguments, Path(arguments.folder or scratch), Path(scratch))
 
 
+def raw_archive(folder: Path, megabytes: int) -> tuple[Path, int]:
+    """Where it is, and how many events it has."""
+    events = max(4, round(megabytes / EVENT_MB))
+    if not (folder / f"sevir-{events}" / "CATALOG.csv").exists():
+        synthetic.write_sevir(folder / f"sevir-{events}", events=events)
+    return folder / f"sevir-{events}", events
+
+
+def ours(source: Path, target: Path, workers: int) -> tuple[float, float]:
+    """Seconds, without start-up, and the greatest memory of a worker in GB."""
+    with FirstTasks() as watched:
+        prepare("sevir", str(source), str(target), shard_mb=SHARD_MB, workers=workers, progress=False)
+    return watched.seconds - watched.start_up, max(peak_gb(worker.pid) for worker in watched.workers)
+
+
 def measure(arguments: argparse.Namespace, folder: Path, scratch: Path) -> None:
-    """Both ways, `repeats` times in turn."""
-    events = max(4, round(arguments.mb / EVENT_MB))
-    source, warm = folder / f"sevir-{events}", scratch / "warm"
-    if not (source / "CATALOG.csv").exists():
-        synthetic.write_sevir(source, events=events)
-    synthetic.write_sevir(warm, events=2 * arguments.workers, size=48)
-    megabytes = events * EVENT_MB
-    load = os.getloadavg()[0]
-    engine.connect(arguments.workers, address="local")
-    prepare(
-        "sevir", str(warm), str(scratch / "warm.zarr"), shard_mb=0, workers=arguments.workers, progress=False
-    )
-    seconds: dict[str, list[float]] = {"prepare": [], "prepare, start-up excluded": [], "bare loop": []}
-    peaks = dict.fromkeys(seconds, 0.0)
+    """All ways, `repeats` times in turn."""
+    source, events = raw_archive(folder, arguments.mb)
+    megabytes, load = events * EVENT_MB, os.getloadavg()[0]
+    synthetic.write_sevir(scratch / "raw", events=4, size=48)
+    engine.connect(2, address="local")
+    prepare("sevir", str(scratch / "raw"), str(scratch / "warm.zarr"), shard_mb=0, progress=False)
     niceness = ray_workers()[0].nice() - os.nice(0)
-    with multiprocessing.get_context("spawn").Pool(arguments.workers, os.nice, (niceness,)) as pool:
-        pool.map(peak_gb, [os.getpid()] * arguments.workers * 4, chunksize=1)
+    seconds: dict[str, list[float]] = defaultdict(list)
+    peaks: dict[str, float] = {}
+    target = scratch / "made.zarr"
+    with multiprocessing.get_context("spawn").Pool(2, os.nice, (niceness,)) as pool:
+        pool.map(peak_gb, [os.getpid()] * 8, chunksize=1)
         for _ in range(arguments.repeats):
-            target = str(scratch / "bare.zarr")
-            work = jobs(str(source), target)
+            for workers in (1, 2):
+                work = jobs(str(source), str(target))
+                start = time.perf_counter()
+                if workers == 1:
+                    peak = max(pool.apply(bare_shard, (job,)) for job in work)
+                else:
+                    peak = max(pool.imap_unordered(bare_shard, work))
+                seconds[f"bare loop, {workers}"].append(time.perf_counter() - start)
+                peaks[f"bare loop, {workers}"] = peak
+                shutil.rmtree(target)
+                spent, peaks[f"prepare, {workers}"] = ours(source, target, workers)
+                seconds[f"prepare, {workers}"].append(spent)
+                stored = sum(f.stat().st_size for f in target.rglob("*") if f.is_file()) / 1e6
+                shutil.rmtree(target)
             start = time.perf_counter()
-            peaks["bare loop"] = max(pool.imap_unordered(bare_shard, work))
-            seconds["bare loop"].append(time.perf_counter() - start)
+            by_dask(source, str(target))
+            seconds["xarray and Dask"].append(time.perf_counter() - start)
             shutil.rmtree(target)
-            target = str(scratch / "prepared.zarr")
-            with FirstTasks() as watched:
-                prepare(
-                    "sevir", str(source), target, shard_mb=SHARD_MB, workers=arguments.workers, progress=False
-                )
-            seconds["prepare"].append(watched.seconds)
-            seconds["prepare, start-up excluded"].append(watched.seconds - watched.start_up)
-            peaks["prepare"] = max(peak_gb(worker.pid) for worker in watched.workers)
-            stored = sum(f.stat().st_size for f in Path(target).rglob("*") if f.is_file()) / 1e6
-            shutil.rmtree(target)
-    ray.shutdown()
     table = Table(
-        title=f"SEVIR, {megabytes:.0f} MB raw to {stored:.0f} MB, {arguments.workers} workers; "
-        f"median of {arguments.repeats}; load before {load:.1f}"
+        title=f"SEVIR, {megabytes:.0f} MB raw to {stored:.0f} MB; median of {arguments.repeats}, without "
+        f"start-up; load before {load:.1f}"
     )
-    for name in ("", "s", "MB/s", "of the bare loop", "at least", "worker GB", "at most"):
-        table.add_column(name, justify="right" if name else "left")
-    for name, values in seconds.items():
-        second = statistics.median(values)
-        # Of each pair, which ran next to each other: what else the machine does changes by the minute.
-        pairs = zip(seconds["bare loop"], values, strict=True)
+    for name in (
+        "workers",
+        "s",
+        "MB/s",
+        "of the bare loop",
+        "of Dask's speed",
+        "of one worker's",
+        "worker GB",
+    ):
+        table.add_column(name, justify="left" if name == "workers" else "right")
+
+    def ratio(of: str, to: str) -> str:
+        # Of each pair, which ran in the same round: what else the machine does changes by the minute.
+        pairs = zip(seconds[to], seconds[of], strict=True)
+        return f"{statistics.median(theirs / mine for theirs, mine in pairs):.2f}"
+
+    for name in sorted(seconds):
+        kind, _, workers = name.partition(", ")
+        second = statistics.median(seconds[name])
         table.add_row(
             name,
             f"{second:.1f}",
             f"{megabytes / second:.0f}",
-            f"{statistics.median(bare / ours for bare, ours in pairs):.0%}",
-            f"{SHARE:.0%}" if name.endswith("excluded") else "",
-            f"{peaks[name]:.2f}" if peaks[name] else "",
-            f"{MOST_GB:.0f}" if name == "prepare" else "",
+            ratio(name, f"bare loop, {workers}") if kind == "prepare" else "",
+            ratio(name, "xarray and Dask") if kind == "prepare" else "",
+            ratio(name, f"{kind}, 1") if workers == "2" else "",
+            f"{peaks[name]:.2f}" if name in peaks else "",
         )
-    Console(width=110).print(table)
+    if arguments.times > 1:
+        larger, count = raw_archive(folder, arguments.mb * arguments.times)
+        spent, peak = ours(larger, target, 2)
+        rate = f"{count * EVENT_MB / spent:.0f}"
+        name = f"prepare, 2, {arguments.times} times the size"
+        table.add_row(name, f"{spent:.1f}", rate, "", "", "", f"{peak:.2f}")
+    ray.shutdown()
+    Console(width=120).print(table)
 
 
 if __name__ == "__main__":
