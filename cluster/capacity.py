@@ -94,7 +94,7 @@ def grows(labels: Iterable[Mapping[str, str]], status: Mapping[str, Any]) -> boo
     """Whether something may add nodes to a cluster.
 
     Args:
-        labels: of its nodes. KubeRay and Ray's autoscaler (v2) name the group of each.
+        labels: of its nodes. Ray's autoscaler (v2) names the group of each, and so does KubeRay without one.
         status: what the dashboard's `/api/cluster_status` answers. Ray's former autoscaler (v1) reports which
             type each node has; so does Ray without one, and then each node is its own type.
     """

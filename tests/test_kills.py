@@ -3,6 +3,7 @@
 import contextlib
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -84,13 +85,13 @@ def command(nodes, verb: str, *arguments: object) -> subprocess.Popen:
 
 
 def workers(nodes) -> list[psutil.Process]:
-    """Processes that are at a shard."""
+    """Processes that are at a shard, or wait for one."""
     found = []
     for raylet in nodes.raylets[1:]:
         with contextlib.suppress(psutil.NoSuchProcess):
             for child in psutil.Process(raylet).children(recursive=True):
                 with contextlib.suppress(psutil.NoSuchProcess):
-                    if child.cmdline()[:1] and child.cmdline()[0].startswith(("ray::Map", "ray::_MapWorker")):
+                    if re.search(r"_write_shard|_Replica", "".join(child.cmdline()[:1])):
                         found.append(child)
     return found
 
