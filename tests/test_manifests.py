@@ -9,7 +9,7 @@ import pytest
 import ray
 import yaml
 
-from cluster.submit import parse
+from pipelines.cli import parse
 from pipelines.serving.settings import Settings
 
 FOLDER = Path(__file__).parents[1] / "cluster"
