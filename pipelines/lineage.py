@@ -63,7 +63,7 @@ def _place(url: str, chunk: str) -> Place:
         raise InputError(f"chunk {chunk!r}: needed VARIABLE/c/0/0/0, as objects are named, or VARIABLE/0/0/0")
     try:
         array = zarr.open_array(zarr_store(url), path=f"{group}/{name}".lstrip("/"), mode="r")
-    except (FileNotFoundError, zarr.errors.ArrayNotFoundError, zarr.errors.ContainsGroupError) as error:
+    except (FileNotFoundError, zarr.errors.NodeTypeValidationError) as error:
         raise InputError(f"{url} has no variable {f'{group}/{name}'.lstrip('/')}") from error
     size = array.shards if whole and array.shards else array.chunks
     at = [int(part) for part in index]

@@ -57,7 +57,7 @@ def read_campaign(path: str) -> Campaign:
     for name, options in campaign.forecast.items():
         for archive in options.get("of", ()):
             if archive not in campaign.prepare:
-                configs.unknown(f"campaign {path}: forecast.{name}.of", archive, campaign.prepare)
+                configs.unknown(f"campaign {path}: forecast.{name}.of", str(archive), campaign.prepare)
     return campaign
 
 
@@ -68,7 +68,8 @@ def steps(campaign: Campaign) -> Iterator[Step]:
         options = {"archive": f"{out}/{name}.zarr", **given}
         archive = str(options["archive"])
         if "source" in options:
-            yield Step(("prepare", str(options.pop("kind", "")), *_words(options)), archive)
+            kind = [str(options.pop("kind"))] if "kind" in options else []
+            yield Step(("prepare", *kind, *_words(options)), archive)
         forecasts = []
         for of, each in campaign.forecast.items():
             chosen = {key: value for key, value in each.items() if key != "of"}

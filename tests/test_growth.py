@@ -25,7 +25,7 @@ def here(monkeypatch):
     """Shards are written in this process."""
 
     def write_all(plan, archive, pending, *_):
-        return sum(stage.write_shard(number, plan.shards[number], archive) for number in pending)
+        return sum(stage.write_shard(n, plan.shards[n], archive)["written"] for n in pending)
 
     monkeypatch.setattr(stage, "_write_all", write_all)
     monkeypatch.setattr("pipelines.engine.connect", lambda *_: None)

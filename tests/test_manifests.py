@@ -127,8 +127,8 @@ def test_entrypoints_are_verbs_and_options_that_exist(document):
     given = parse(words)
     groups = clusters(document)["workerGroupSpecs"]
     if given.get("gpu"):
-        assert (
-            sum(group["maxReplicas"] for group in groups if group["groupName"] == "gpu") >= given["workers"]
+        assert sum(group["maxReplicas"] for group in groups if group["groupName"] == "gpu") >= int(
+            given["workers"]
         )
 
 

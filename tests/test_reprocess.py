@@ -108,7 +108,7 @@ def test_what_fails_stops_what_needs_it_alone(tmp_path, raw, ray_cluster, earthf
     ("change", "told"),
     [
         (("limit: 4", "limmit: 4"), "forecast: No such option: --limmit"),
-        (("of: [one]", "of: [on]"), "forecast.displaced.of 'on' is unknown: the nearest is 'one'"),
+        (("of: [one]", "of: [ona]"), "forecast.displaced.of 'ona' is unknown: the nearest is 'one'"),
         (("prepare:", "prepar:"), "prepare: field required"),
         (("kind: sevir-lr, source", "source"), "Missing argument"),
         (("out: OUT", "out: [1]"), "out: input should be a valid string"),
