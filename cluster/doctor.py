@@ -230,7 +230,7 @@ def credentials() -> Finding:
     except botocore.exceptions.BotoCoreError as error:
         return Finding("fails", f"{type(error).__name__}: {error}", "whole credentials, or none")
     if found is None:
-        needed = "some for private buckets (AWS_ACCESS_KEY_ID or a role), FSSPEC_S3_ANON=true for public ones"
+        needed = "some for private buckets: AWS_ACCESS_KEY_ID, or a role; public ones are read without"
         return Finding("warning", "none", needed)
     return Finding("ok", f"from {found.method}; public buckets need none")
 
