@@ -1,18 +1,18 @@
 """Training on a cluster of three nodes, all of it on S3: nodes go, the store stalls, and nothing changes."""
 
-import os
+import contextlib
 import re
-import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
 import pytest
+import torch
 import yaml
-from test_train import OVERLAY, begun, outcome, same
+from test_train import OVERLAY, begun, outcome
 from tiny_cluster import cluster
 
 from pipelines import configs, journal, runs
@@ -26,15 +26,15 @@ TRAINING = {
     # Slower than in `test_train`, where a rounding error grows a hundredfold in as many steps.
     "training": {"batch_size": 4, "micro_batch": 1, "epochs": 2, "log_steps": 1, "learning_rate": 5e-4},
 }
-EPOCH = 13
-STEPS = 26
-"""Two epochs of thirteen steps: 54 training windows, of which 52 make whole batches."""
+EPOCH = 9
+STEPS = 18
+"""Two epochs of nine steps, of 36 training windows."""
 
 
 @pytest.fixture(scope="module")
 def archive(s3, tmp_path_factory, ray_cluster) -> str:
     folder = tmp_path_factory.mktemp("cluster_train")
-    synthetic.write_sevir(folder / "raw", events=30, seed=1, size=48)
+    synthetic.write_sevir(folder / "raw", events=20, seed=1, size=48)
     prepare("sevir", str(folder / "raw"), "s3://private/train/archive.zarr", progress=False)
     return "s3://private/train/archive.zarr"
 
@@ -54,35 +54,41 @@ def nodes(s3):
         yield found
 
 
-def test_a_node_is_lost_and_the_store_stalls(nodes, s3, archive, undisturbed, tmp_path):
-    run = "s3://private/train/lost"
-    process = training(nodes, archive, run, tmp_path, "1:3")
-    until(lambda: steps(run)[-1:] >= [3], process)
-    os.kill(s3.pid, signal.SIGSTOP)
-    time.sleep(5)
-    os.kill(s3.pid, signal.SIGCONT)
-    until(lambda: steps(run)[-1:] >= [EPOCH + 2], process)
-    kill_node(nodes.raylets.pop())
-    finish(process, run, undisturbed)
-    shown = earthformer(nodes, "inspect", run)
-    assert f"complete: {STEPS} steps in 2 epochs" in shown.communicate()[0]
+def test_nodes_go_and_the_store_stalls(nodes, s3, archive, undisturbed, tmp_path):
+    run, (_, second, third) = "s3://private/train/run", nodes.raylets
+    with training(nodes, archive, run, tmp_path, "1:3") as process:
+        until(lambda: steps(run), process)
+        with s3.stalled():
+            drain(nodes, third, seconds=15)
+        # With notice: before the epoch's end there is no other checkpoint.
+        (found,) = until(lambda: journal.checkpoints(run), process)
+        assert found["step"] < EPOCH
+        assert found["score"] is None
+        kill_node(third)
+        # Without: what was done since the epoch's end is done again.
+        until(lambda: steps(run)[-1:] > [EPOCH + 1], process)
+        kill_node(second)
+        said, errors = process.communicate()
+    assert process.returncode == 0, errors
+    assert f"{STEPS} steps in 2 epochs" in said
+    assert f"complete: {STEPS} steps in 2 epochs" in runs.describe(run)
+    assert steps(run) == list(range(1, STEPS + 1))
+
+    # A step too many or too few changes weights by up to 5e-4, another batch the loss by a tenth.
+    (weights, lines), (needed, others) = outcome(run), outcome(undisturbed)
+    torch.testing.assert_close(weights, needed, rtol=0, atol=1e-4)
+    for line, other in zip(lines, others, strict=True):
+        assert line["learning_rate"] == other["learning_rate"]
+        assert line["loss"] == pytest.approx(other["loss"], rel=1e-3)
 
 
-def test_a_node_that_is_to_go_is_not_waited_for(nodes, s3, archive, undisturbed, tmp_path):
-    run = "s3://private/train/drained"
-    process = training(nodes, archive, run, tmp_path, "1:2")
-    until(lambda: steps(run), process)
-    last = nodes.raylets.pop()
-    drain(nodes, last, seconds=15)
-    # Before the epoch's end there is no other checkpoint.
-    (found,) = until(lambda: journal.checkpoints(run), process)
-    assert found["step"] < EPOCH
-    assert found["score"] is None
-    kill_node(last)
-    finish(process, run, undisturbed)
-
-
-def earthformer(nodes, *words) -> subprocess.Popen:
+@contextlib.contextmanager
+def training(nodes, archive: str, run: str, folder: Path, workers: str) -> Iterator[subprocess.Popen]:
+    overlay = folder / "overlay.yaml"
+    overlay.write_text(yaml.safe_dump(TRAINING))
+    command = [sys.executable, "-m", "pipelines.cli", "train", "earthformer", "--task", "sevir"]
+    command += ["--preset", "earthformer_sevir_tiny", "--config", str(overlay)]
+    command += ["--archive", archive, "--run", run, "--workers", workers]
     environment = {
         **nodes.environment,
         "RAY_ADDRESS": nodes.address,
@@ -90,35 +96,16 @@ def earthformer(nodes, *words) -> subprocess.Popen:
         "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "0.5",
         "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "3",
     }
-    return subprocess.Popen(
-        [sys.executable, "-m", "pipelines.cli", *words],
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-def training(nodes, archive: str, run: str, folder: Path, workers: str) -> subprocess.Popen:
-    overlay = folder / "overlay.yaml"
-    overlay.write_text(yaml.safe_dump(TRAINING))
-    words = ["--task", "sevir", "--preset", "earthformer_sevir_tiny", "--config", str(overlay)]
-    words += ["--archive", archive, "--run", run, "--workers", workers]
-    return earthformer(nodes, "train", "earthformer", *words)
+    how = {"env": environment, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, **how) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
 
 
 def steps(run: str) -> list[int]:
     return [line["step"] for line in journal.read_metrics(run)]
-
-
-def finish(process: subprocess.Popen, run: str, undisturbed: str) -> None:
-    """Wait for the end: it is the one of a run that nothing happened to."""
-    said, errors = process.communicate(timeout=300)
-    assert process.returncode == 0, errors
-    assert f"{STEPS} steps in 2 epochs" in said
-    assert steps(run) == list(range(1, STEPS + 1))
-    same(outcome(run), outcome(undisturbed), 2e-3)
-    assert runs.open_run(run).module()
 
 
 def drain(nodes, raylet: int, seconds: int) -> None:
@@ -139,10 +126,7 @@ def kill_node(raylet: int) -> None:
 
 def until(holds: Callable, process: subprocess.Popen):
     """What a condition gives, once it holds."""
-    deadline = time.monotonic() + 200
-    while time.monotonic() < deadline:
-        if found := holds():
-            return found
+    while not (found := holds()):
         assert process.poll() is None, process.stderr.read()
         time.sleep(0.05)
-    raise AssertionError("it did not come to that")
+    return found

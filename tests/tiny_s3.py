@@ -9,6 +9,7 @@ import json
 import os
 import random
 import secrets
+import signal
 import socket
 import subprocess
 import sys
@@ -54,6 +55,15 @@ class S3:
             # Without a key nobody is to be asked for one.
             "AWS_EC2_METADATA_DISABLED": "true",
         }
+
+    @contextlib.contextmanager
+    def stalled(self) -> Iterator[None]:
+        """Meanwhile it takes what is sent, and answers nothing."""
+        os.kill(self.pid, signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            os.kill(self.pid, signal.SIGCONT)
 
 
 def reserved() -> S3:
