@@ -216,13 +216,13 @@ def test_a_dry_run_foretells_and_writes_nothing(tmp_path, raw, ray_cluster, kind
     source, url = str(raw / kind.removesuffix("-lr")), str(tmp_path / "a.zarr")
     told = estimate(kind, source, url, shard_mb=1, workers=2)
     assert list(tmp_path.iterdir()) == []
-    assert told.seconds > 0
+    assert told.work.hours > 0
     done = prepare(kind, source, url, shard_mb=1, progress=False)
     assert told.pending == done.written == len(done.plan.shards)
     assert str(done.plan.series) in str(told)
     data = {p: p.stat().st_size for p in Path(url).rglob("c/**/*") if p.is_file()}
     pixels = sum(size for path, size in data.items() if TASKS[kind].variable in path.parts)
-    assert told.stored_bytes == pytest.approx(pixels, rel=0.4)
+    assert told.work.written_bytes == pytest.approx(pixels, rel=0.4)
     archive, task = store.open_archive(url), TASKS[kind]
     if kind == "radar":
         most = int(re.search(r"at most (\d+) of task radar", told.windows)[1])
