@@ -269,8 +269,9 @@ def _sums(url: str, month: int, band: slice) -> tuple[np.ndarray, np.ndarray]:
         fields = np.stack([sst[at, band].values for at in range(month, len(sst), 12)])
     years = xr.DataArray(fields, dims=("year", "lat", "lon"))
     anomaly = years - years.mean("year")
-    valid = anomaly.notnull()
-    of_anomalies, of_ocean = (rows[:, band] @ part.values @ columns.T for part in (anomaly.fillna(0), valid))
+    valid = np.isfinite(anomaly)
+    parts = (anomaly.where(valid, 0), valid)
+    of_anomalies, of_ocean = (rows[:, band] @ part.values @ columns.T for part in parts)
     return of_anomalies, of_ocean
 
 
