@@ -105,7 +105,7 @@ def prepare(
         archive: URL of the Zarr store.
         modalities: SEVIR's image types.
         variable: name of the rain rate in radar files of other layouts.
-        workers: parallel tasks at most.
+        workers: parallel tasks at most; those of Dask, for an SST analysis, come on top.
         memory_mb: memory that a task claims from Ray.
         shard_mb: about the size of a shard before compression; a series at least.
         strict: no quarantine.

@@ -296,9 +296,10 @@ def _sums(url: str, month: int, band: slice) -> tuple[np.ndarray, np.ndarray]:
         # One by one: HDF5 takes five times as long for a slice with a step.
         fields = np.stack([sst[at, band].values for at in range(month, len(sst), 12)])
     years = xr.DataArray(fields, dims=("year", "lat", "lon"))
-    anomaly = years - years.mean("year")
-    valid = anomaly.notnull()
-    of_anomalies, of_ocean = (rows[:, band] @ part.values @ columns.T for part in (anomaly.fillna(0), valid))
+    anomaly = (years - years.mean("year")).values
+    valid = np.isfinite(anomaly)
+    parts = (np.where(valid, anomaly, 0), valid)
+    of_anomalies, of_ocean = (rows[:, band] @ part @ columns.T for part in parts)
     return of_anomalies, of_ocean
 
 

@@ -366,7 +366,7 @@ def open_dataset(url: str, group: str = "", chunks: str = "shards") -> xr.Datase
         chunks: what a chunk of Dask's is: `shards`, whole ones, so that a task reads one object, for
             computations over the whole store; or `chunks`, the parts that can be read of a shard by
             themselves (an event, a member of a window, a tile of a frame of radar), for a few of them or
-            where memory is short. Decoded bytes are float32: four times as large.
+            where memory is short. Decoded, bytes and packed integers are four times as large.
 
     Raises:
         InputError: as `open_store`, or `chunks` is neither.
