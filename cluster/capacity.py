@@ -8,13 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from pipelines.clusters import NODE_GROUP
 from pipelines.errors import InputError
 
 if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient
 
-NODE_GROUP = "ray.io/node-group"
-"""Label of a node that KubeRay or an autoscaler made."""
 LONE = re.compile(r"node_[0-9a-f]{56}")
 """The type of a node that has none, as Ray reports it where nothing grows."""
 PLENTY = 1e15

@@ -42,10 +42,8 @@ def nodes() -> Finding:
         return Finding("not checked", "no cluster is named that can be joined from here", inside)
     import ray
 
-    from cluster.submit import knock
     from pipelines import engine
 
-    knock(address)
     engine.connect()
     alive = {node["NodeID"]: node for node in ray.nodes() if node["Alive"]}
     facts = _facts()

@@ -9,7 +9,6 @@ import logging
 import os
 import secrets
 import shlex
-import socket
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -28,6 +27,7 @@ import earthformer
 import pipelines
 from cluster.capacity import Need, check
 from pipelines import cli
+from pipelines.clusters import knock
 from pipelines.errors import InputError
 
 if TYPE_CHECKING:
@@ -38,7 +38,6 @@ DASHBOARD = "http://127.0.0.1:8265"
 PACKAGES = (earthformer, pipelines, cluster)
 ENTRY = "python -m cluster.cli"
 RECONNECT_SECONDS = 2.0
-KNOCK_SECONDS = 10.0
 
 
 class _Verbs(TyperGroup):
@@ -347,20 +346,6 @@ def connected(address: str | None) -> Iterator["JobSubmissionClient"]:
         ) from error
     except RuntimeError as error:
         raise InputError(f"the Ray cluster at {place} refused: {error}") from error
-
-
-def knock(place: str) -> None:
-    """Find out soon that no head node listens, which Ray would ask for minutes.
-
-    Raises:
-        InputError: nobody does.
-    """
-    host, _, port = place.removeprefix("ray://").rpartition(":")
-    if "://" not in host and port.isdigit():
-        try:
-            socket.create_connection((host.strip("[]"), int(port)), KNOCK_SECONDS).close()
-        except OSError as error:
-            raise InputError(f"nobody listens at {place}: needed the address of a Ray cluster") from error
 
 
 def main() -> None:

@@ -16,6 +16,7 @@ import ray.exceptions
 from dask.base import DaskMethodsMixin
 
 from pipelines import telemetry
+from pipelines.clusters import knock
 from pipelines.errors import InputError
 
 OBJECT_STORE_BYTES = 1 << 30
@@ -72,6 +73,7 @@ def connect(workers: int | None = None, address: str | None = None) -> None:
                 include_dashboard=False,
             )
         else:
+            knock(str(address))
             try:
                 start(address=address)
             except ConnectionError as error:

@@ -14,6 +14,7 @@ import ray.data
 
 from pipelines import engine, telemetry
 from pipelines.archives import BrokenFile, Decoded, Plan, Shard, checks, enso, radar, sevir, store
+from pipelines.clusters import NODE_GROUP
 from pipelines.costs import HOUR, Prices, Work, peak_memory, size
 from pipelines.errors import InputError
 from pipelines.storage import filesystem, join
@@ -179,10 +180,12 @@ def _check_reach(url: str) -> None:
 
 
 def _check_memory(memory_mb: int | None) -> None:
-    # Ray would wait for ever for a machine that has as much.
-    most = max(int(node["Resources"].get("memory", 0)) for node in ray.nodes() if node["Alive"])
-    if memory_mb is not None and not 0 < memory_mb * 1_000_000 <= most:
-        raise InputError(f"{memory_mb} MB of memory a worker: needed 1 to {most // 1_000_000}")
+    # Ray would wait for ever for a machine that has as much, unless another may still come.
+    alive = [node for node in ray.nodes() if node["Alive"]]
+    grows = any(NODE_GROUP in node["Labels"] for node in alive)
+    most = max(int(node["Resources"].get("memory", 0)) for node in alive) // 1_000_000
+    if memory_mb is not None and (memory_mb < 1 or (memory_mb > most and not grows)):
+        raise InputError(f"{memory_mb} MB of memory a worker: needed 1 to {most}")
 
 
 def _pending(archive: str, plan: Plan) -> tuple[list[int], list[int]]:

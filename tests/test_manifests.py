@@ -8,6 +8,7 @@ import kubernetes_validate
 import pytest
 import ray
 import yaml
+from ray.scripts.scripts import drain_node
 
 from pipelines.cli import parse
 from pipelines.serving.settings import Settings
@@ -113,11 +114,27 @@ def test_a_cluster_is_of_one_ray_has_its_token_and_room_for_its_objects(document
         volumes = {volume["name"]: volume for volume in pod["volumes"]}
         assert volumes[mounted["/dev/shm"]]["emptyDir"]["medium"] == "Memory"
         assert mounted.keys() - {"/dev/shm"} <= {"/etc/earthformer"}
+        assert container["livenessProbe"]["failureThreshold"] > 1
         asks_gpu = "nvidia.com/gpu" in container["resources"]["limits"]
         assert container["resources"]["limits"] == container["resources"]["requests"]
         assert not asks_gpu or container["image"] == "earthformer:cuda"
         if "minReplicas" in group:
             assert group["minReplicas"] <= group["replicas"] <= group["maxReplicas"]
+
+
+@pytest.mark.parametrize("document", documents())
+def test_a_worker_that_is_taken_away_says_so_in_time(document):
+    for group in clusters(document)["workerGroupSpecs"]:
+        pod = group["template"]["spec"]
+        (container,) = pod["containers"]
+        shell, option, script = container["lifecycle"]["preStop"]["exec"]["command"]
+        assert (shell, option) == ("sh", "-c")
+        said, waited = (shlex.split(part) for part in script.split("&&"))
+        assert said[:2] == ["ray", "drain-node"]
+        given = drain_node.make_context("ray drain-node", said[2:]).params
+        assert given["reason"] == "DRAIN_NODE_REASON_PREEMPTION"
+        assert waited == ["sleep", str(given["deadline_remaining_seconds"])]
+        assert given["deadline_remaining_seconds"] < pod["terminationGracePeriodSeconds"]
 
 
 @pytest.mark.parametrize("document", [d for d in documents() if "entrypoint" in d.values[0]["spec"]])

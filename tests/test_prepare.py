@@ -22,7 +22,7 @@ from tiny_archive import timeless
 from pipelines import cli, engine, storage, windows
 from pipelines.archives import BrokenFile, checks, store, synthetic
 from pipelines.errors import InputError
-from pipelines.prepare import MOST_SHARDS, _tasks, estimate, prepare
+from pipelines.prepare import MOST_SHARDS, _check_memory, _tasks, estimate, prepare
 from pipelines.tasks import TASKS
 
 EVENTS = 6
@@ -373,6 +373,21 @@ def test_bad_input_is_one_line(tmp_path, raw, archive, capfd):
     )
     assert files(tmp_path / "theirs") == {"thesis.txt": b"keep me"}
     assert checks.validate(str(archive)) == []
+
+
+@pytest.mark.parametrize("grows", [False, True])
+def test_more_memory_than_any_node_has_is_refused_unless_another_may_come(monkeypatch, grows):
+    labels = {"ray.io/node-id": "a"} | ({"ray.io/node-group": "cpu"} if grows else {})
+    monkeypatch.setattr(
+        ray, "nodes", lambda: [{"Alive": True, "Resources": {"memory": 1e9}, "Labels": labels}]
+    )
+    with pytest.raises(InputError, match="0 MB of memory a worker: needed 1 to 1000"):
+        _check_memory(0)
+    if grows:
+        _check_memory(1001)
+    else:
+        with pytest.raises(InputError, match="1001 MB of memory a worker: needed 1 to 1000"):
+            _check_memory(1001)
 
 
 def zipped(folder: Path) -> str:

@@ -1,5 +1,6 @@
 """Object storage: what is at s3:// is what is on a disk, whatever goes wrong on the way."""
 
+import dataclasses
 import re
 import sys
 
@@ -10,10 +11,13 @@ import s3fs
 import xarray as xr
 from tiny_archive import built, timeless
 from tiny_faults import faults
+from tiny_forecast import write_run
 
+from earthformer.presets import EARTHFORMERS
 from pipelines import cli, storage
 from pipelines.archives import checks, radar, sevir, store, synthetic
 from pipelines.prepare import prepare
+from pipelines.tasks import TASKS
 
 EVENTS = 6
 RAW = "s3://public/sevir"
@@ -86,17 +90,61 @@ def test_a_public_bucket_is_read_without_a_key(raw, local, ask):
     assert set(sources) == {str(event) for event in store.Archive(local).root["event"].values}
 
 
-def refused(capfd, *arguments: str) -> str:
-    """The one line of a refusal."""
+def earthformer(capfd, *arguments: str) -> tuple[int, str, str]:
+    """The command's exit code, output and errors."""
     capfd.readouterr()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["earthformer", *arguments])
         with pytest.raises(SystemExit) as left:
             cli.main()
-    said = capfd.readouterr().err
-    assert left.value.code == 2
+    said = capfd.readouterr()
+    return int(left.value.code or 0), said.out, said.err
+
+
+def refused(capfd, *arguments: str) -> str:
+    """The one line of a refusal."""
+    code, _, said = earthformer(capfd, *arguments)
+    assert code == 2
     assert re.fullmatch(r"error: [^\n]+\n", said), said
     return said
+
+
+CAMPAIGN = """
+out: {out}
+prepare:
+  lr: {{kind: sevir-lr, source: {base}/raw, shard_mb: 0}}
+forecast:
+  displaced: {{forecaster: displaced, task: sevir-lr, split: train, limit: 3, members: 2, keep_members: true}}
+  earthformer: {{run: {base}/run, split: train, limit: 3}}
+"""
+
+
+def test_every_stage_is_the_same_there(tmp_path, s3, ray_cluster, capfd):
+    task, tiny = TASKS["sevir-lr"], EARTHFORMERS["earthformer_sevir_lr_tiny"]
+    model = dataclasses.replace(tiny, context=(7, 48, 48, 1), target=(6, 48, 48, 1))
+    synthetic.write_sevir(tmp_path / "raw", events=6, seed=3, size=144)
+    write_run(str(tmp_path / "run"), task, model)
+    for name in ("raw", "run"):
+        fsspec.filesystem("s3").put(str(tmp_path / name), f"s3://private/lr/{name}", recursive=True)
+    outs = {str(tmp_path): str(tmp_path / "out"), "s3://private/lr": "s3://private/lr/out"}
+    for base, out in outs.items():
+        (tmp_path / "c.yaml").write_text(CAMPAIGN.format(base=base, out=out))
+        code, said, err = earthformer(capfd, "reprocess", "--config", str(tmp_path / "c.yaml"))
+        assert (code, err) == (0, ""), err
+        assert "displaced, 2 members" in said
+    here, there = outs.values()
+    assert_same(f"{there}/lr.zarr", f"{here}/lr.zarr")
+    for name in ("displaced", "earthformer"):
+        ours, theirs = (xr.open_zarr(f"{out}/lr/{name}.zarr").load() for out in (there, here))
+        assert checks.validate(f"{there}/lr/{name}.zarr") == []
+        xr.testing.assert_equal(ours, theirs)
+    page = fsspec.filesystem("s3").cat_file(f"{there}/lr.html").decode()
+    assert "CRPS" in page
+    code, said, _ = earthformer(
+        capfd, "lineage", f"{there}/lr/earthformer.zarr", "--chunk", "vil/c/0/0/0/0/0"
+    )
+    assert code == 0
+    assert "s3://private/lr/run" in said
 
 
 def test_what_cannot_be_reached_is_one_line(raw, ask, capfd, monkeypatch):

@@ -17,12 +17,12 @@ BROKEN = b"<Error><Code>InternalError</Code><Message>We encountered an internal 
 
 
 class Faults(ThreadingHTTPServer):
-    """The server's place for its clients; `share` of the requests go wrong."""
+    """The server's place for its clients; `share` of the requests go wrong, and all wait `delay` seconds."""
 
     daemon_threads = True
 
-    def __init__(self, upstream: int, share: float, seed: int) -> None:
-        self.upstream, self.share, self.random = upstream, share, random.Random(seed)
+    def __init__(self, upstream: int, share: float, seed: int, delay: float) -> None:
+        self.upstream, self.share, self.random, self.delay = upstream, share, random.Random(seed), delay
         self.lock, self.done, self.sent = threading.Lock(), Counter(), 0
         super().__init__(("127.0.0.1", 0), _Handler)
 
@@ -61,8 +61,7 @@ class _Handler(BaseHTTPRequestHandler):
         if fate in ("503", "500"):
             self._answer(int(fate), {}, SLOW_DOWN if fate == "503" else BROKEN)
             return
-        if fate == "stalled":
-            time.sleep(0.5)
+        time.sleep(0.5 if fate == "stalled" else self.server.delay)
         upstream = http.client.HTTPConnection("127.0.0.1", self.server.upstream)
         upstream.request(self.command, self.path, body, dict(self.headers))
         found = upstream.getresponse()
@@ -93,9 +92,9 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 @contextlib.contextmanager
-def faults(upstream: int, share: float = 0.0, seed: int = 0) -> Iterator[Faults]:
+def faults(upstream: int, share: float = 0.0, seed: int = 0, delay: float = 0.0) -> Iterator[Faults]:
     """A proxy of the server at a port of this machine."""
-    server = Faults(upstream, share, seed)
+    server = Faults(upstream, share, seed, delay)
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
     thread.start()
     try:

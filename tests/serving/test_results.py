@@ -11,9 +11,12 @@ from pipelines.serving.asked import ForecastRequest
 from pipelines.serving.results import ID, Results, new_id
 
 
-@pytest.fixture(params=["local", "memory"])
+@pytest.fixture(params=["local", "memory", "s3"])
 def results(request, tmp_path):
-    return Results(str(tmp_path) if request.param == "local" else f"memory://{new_id()}", 1.0)
+    if request.param == "s3":
+        request.getfixturevalue("s3")
+    places = {"local": str(tmp_path), "memory": f"memory://{new_id()}", "s3": f"s3://private/{new_id()}"}
+    return Results(places[request.param], 1.0)
 
 
 def test_ids_cannot_be_guessed_and_are_no_paths(results):
