@@ -462,12 +462,12 @@ def report(
 def inspect(url: Annotated[str, typer.Argument(metavar="URL", help="Archive, run or forecast.")]) -> None:
     """Print what an archive, run or forecast holds, finished or not."""
     from pipelines import runs
-    from pipelines.archives import checks, store
+    from pipelines.archives import checks, records
 
     run = runs.describe(url)
     console.print(escape(run or checks.describe(url)), highlight=False, soft_wrap=True)
     if not run:
-        _print_quarantine(store.quarantined(url), most=None)
+        _print_quarantine(records.quarantined(url), most=None)
 
 
 @app.command()

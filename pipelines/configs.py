@@ -14,7 +14,7 @@ from earthformer.config import EarthformerConfig
 from earthformer.prediff_config import AlignmentConfig, AutoencoderConfig, PreDiffConfig
 from earthformer.presets import ALIGNMENTS, AUTOENCODERS, DENOISERS, EARTHFORMERS
 from pipelines import journal
-from pipelines.archives.store import config_hash
+from pipelines.archives.records import config_hash
 from pipelines.errors import InputError
 from pipelines.tasks import TASKS, Task
 

@@ -11,7 +11,7 @@ import torch
 
 from earthformer.forecasters import Members, members_of
 from pipelines import engine, telemetry, windows
-from pipelines.archives import store
+from pipelines.archives import records, store
 from pipelines.costs import HOUR, Work, peak_memory
 from pipelines.ensembles import Reduction
 from pipelines.errors import InputError
@@ -101,8 +101,10 @@ def forecast(
         todo = engine.from_anywhere(todo)
         rows = engine.replicate(_Replica, replica, todo, "forecast", workers, gpu, progress)
     seconds = time.perf_counter() - began
-    if not store.is_complete(place):
-        store.complete(place, {"counts": {"windows": len(planned.keys), "members": planned.ensemble.members}})
+    if not records.is_complete(place):
+        records.complete(
+            place, {"counts": {"windows": len(planned.keys), "members": planned.ensemble.members}}
+        )
     written = sum(row["written"] for row in rows)
     drawn, failed = (tuple(int(n) for row in rows for n in row[what]) for what in ("drawn", "failed"))
     requested, achieved = (tuple(v for row in rows for v in row[what]) for what in ("requested", "achieved"))
@@ -118,8 +120,8 @@ def pending(planned: Plan, out: str) -> list[int]:
         InputError: `out` holds something else, or a forecast under another configuration.
     """
     place = engine.absolute(out)
-    if store.begun(place, planned.config):
-        return store.pending(place, planned.shards)
+    if records.begun(place, planned.config):
+        return records.pending(place, planned.shards)
     return list(range(planned.shards))
 
 
@@ -194,13 +196,13 @@ class _Replica:
         planned, shard, began = self.planned, int(row["shard"]), time.perf_counter()
         place = planned.shard(shard)
         nothing: dict[str, Any] = {"written": 0, "drawn": [], "failed": [], "requested": [], "achieved": []}
-        if store.is_written(self.out, shard):
+        if records.is_written(self.out, shard):
             # By the replica that this one stands in for, or by another command.
             return nothing
         values = self.make(range(place.start, place.stop))
         region = {"window": place}
         crc32 = store.write_region(self.out, "", values, region)
-        store.write_record(self.out, shard, {"regions": [store.region_record("", region, crc32)]})
+        records.write(self.out, shard, {"regions": [store.region_record("", region, crc32)]})
         reduced = planned.ensemble.reduced
         drawn, failed = (values[n].tolist() if reduced else [] for n in ("n_members", "failed_members"))
         requested, achieved = [], []

@@ -19,7 +19,7 @@ import xarray as xr
 from torch import Tensor, nn
 
 from pipelines import configs, engine, runs, windows
-from pipelines.archives import store
+from pipelines.archives import records, store
 from pipelines.archives.store import Archive
 from pipelines.series import Window
 from pipelines.storage import filesystem, write_whole
@@ -77,10 +77,10 @@ def encode(
     keys, versions = windows.enumerate_windows(config.task, archive, "train"), config.training.latent_versions
     url, shards = store_of(run), math.ceil(len(keys) / SHARD_WINDOWS)
     settings = {"kind": "latents", "config": config.hash, **runs.provenance(run)}
-    begun = store.begun(url, settings)
-    if begun and store.is_complete(url):
+    begun = records.begun(url, settings)
+    if begun and records.is_complete(url):
         return
-    todo = store.pending(url, shards) if begun else list(range(shards))
+    todo = records.pending(url, shards) if begun else list(range(shards))
     store.create(url, {"": _template(config, keys, versions)}, config=settings, shards=shards)
     replica = {
         "config": config,
@@ -91,7 +91,7 @@ def encode(
         "out": url,
     }
     engine.replicate(_Encoder, replica, todo, "latents", workers, gpu, progress)
-    store.complete(url, {"counts": {"windows": len(keys), "versions": versions}})
+    records.complete(url, {"counts": {"windows": len(keys), "versions": versions}})
 
 
 def _template(config: configs.Config, keys: Sequence[Window], versions: int) -> xr.Dataset:
@@ -169,7 +169,7 @@ class _Encoder:
                 found.setdefault(name, []).append(each.half().cpu().numpy())
         region = {"window": place}
         crc32 = store.write_region(self.out, "", {n: np.stack(parts) for n, parts in found.items()}, region)
-        store.write_record(self.out, shard, {"regions": [store.region_record("", region, crc32)]})
+        records.write(self.out, shard, {"regions": [store.region_record("", region, crc32)]})
         return {"shard": shard}
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import xarray as xr
 import zarr
 
-from pipelines.archives import store
+from pipelines.archives import records, store
 from pipelines.errors import InputError
 from pipelines.storage import join, read_json, zarr_store
 
@@ -34,7 +34,7 @@ def lineage(url: str, chunk: str) -> dict[str, Any]:
     Raises:
         InputError: there is no such store, variable or chunk, or it is not written yet.
     """
-    config = store.config_record(url)
+    config = records.config_record(url)
     place = _place(url, chunk)
     number, record = _record(url, place)
     found = {
@@ -76,7 +76,7 @@ def _place(url: str, chunk: str) -> Place:
 
 def _record(url: str, place: Place) -> tuple[int, dict[str, Any]]:
     """The shard that wrote a place, and what its record says."""
-    for number, record in sorted(store.records(url).items()):
+    for number, record in sorted(records.read(url).items()):
         for part in record["regions"]:
             within = (
                 place.region[dim].start < stop and start < place.region[dim].stop
@@ -93,7 +93,7 @@ def _record(url: str, place: Place) -> tuple[int, dict[str, Any]]:
 def _series_within(url: str, place: Place) -> list[str]:
     """Names of the series along the first dimension."""
     first = next(iter(place.region.values()))
-    return list(store.series(url))[first]
+    return list(records.series(url))[first]
 
 
 def _of_series(record: Mapping[str, Any], names: Sequence[str]) -> list[dict[str, Any]]:
@@ -136,10 +136,10 @@ def _window(one: xr.Dataset) -> dict[str, Any]:
 def _of_archive(url: str, digest: str, names: Sequence[str]) -> dict[str, Any]:
     """The series of an archive that a forecast was made from, if it is still the same."""
     found: dict[str, Any] = {"store": url, "config_hash": digest, "series": []}
-    record = read_json(url, store.CONFIG) or {"config_hash": None}
+    record = read_json(url, records.CONFIG) or {"config_hash": None}
     if record["config_hash"] != digest:
         return found | {"config_hash_now": record["config_hash"]}
-    for number, each in sorted(store.records(url).items()):
+    for number, each in sorted(records.read(url).items()):
         mine = [name for name in names if name in each.get("sources", ())]
         found["series"] += [
             one | {"shard": number, "written": each.get("written"), "code_version": each.get("code_version")}

@@ -11,7 +11,7 @@ import xarray as xr
 
 from earthformer.forecasters import Forecaster
 from pipelines import configs, engine, runs, windows
-from pipelines.archives import store
+from pipelines.archives import records, store
 from pipelines.archives.store import Archive
 from pipelines.baselines import BASELINES, ENSEMBLES
 from pipelines.errors import InputError
@@ -286,7 +286,7 @@ def plan(
         if task is None:
             raise InputError(f"{forecaster} has no run to take the task from: needed --task NAME")
         BASELINES[forecaster](task)
-        name, run, run_hash = forecaster, forecaster, store.config_hash({forecaster: asdict(task)})
+        name, run, run_hash = forecaster, forecaster, records.config_hash({forecaster: asdict(task)})
     else:
         run = engine.absolute(forecaster)
         trained = runs.open_run(run)

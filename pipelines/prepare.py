@@ -13,7 +13,7 @@ import ray
 import ray.data
 
 from pipelines import engine, telemetry
-from pipelines.archives import BrokenFile, Decoded, Plan, Shard, checks, enso, radar, sevir, store
+from pipelines.archives import BrokenFile, Decoded, Plan, Shard, checks, enso, radar, records, sevir, store
 from pipelines.clusters import NODE_GROUP
 from pipelines.costs import HOUR, Prices, Work, peak_memory, size
 from pipelines.errors import InputError
@@ -49,7 +49,7 @@ class Prepared:
             done = f"{self.written}/{total} shards written, {speed}"
         return (
             f"{self.archive}: {plan.kind}, {plan.frames} frames, configuration "
-            f"{store.hash_of(plan.config, plan.contents)}{checks.left_out(plan.dropped)}\n"
+            f"{records.hash_of(plan.config, plan.contents)}{checks.left_out(plan.dropped)}\n"
             f"{plan.series} series, {len(self.quarantine)} quarantined, {done}"
         )
 
@@ -76,7 +76,7 @@ class Estimate:
             "pixels": f"{raw}, of which {kept} are kept",
             **self.work.rows(self.prices),
         }
-        digest = store.hash_of(plan.config, plan.contents)
+        digest = records.hash_of(plan.config, plan.contents)
         first = f"{self.archive}: would hold {plan.kind}, configuration {digest}"
         return "\n".join([first, *(f"  {name:<8} {text}" for name, text in rows.items())])
 
@@ -124,17 +124,17 @@ def prepare(
     pending, stale = _pending(place, plan)
     written, seconds = 0, 0.0
     if pending:
-        store.reopen(place)
+        records.reopen(place)
         for number in stale:
-            store.remove_record(place, number)
+            records.remove(place, number)
         engine.connect(workers)
         _check_memory(memory_mb)
         start = time.perf_counter()
         written = _write_all(plan, place, pending, workers, memory_mb, strict, progress)
         seconds = time.perf_counter() - start
-    finished = not pending and store.is_complete(place)
-    done = {} if finished else store.records(place)
-    quarantine = tuple(store.quarantined(place) if finished else store.quarantine_of(done))
+    finished = not pending and records.is_complete(place)
+    done = {} if finished else records.read(place)
+    quarantine = tuple(records.quarantined(place) if finished else records.quarantine_of(done))
     if strict and quarantine:
         raise InputError(_bad_line(quarantine[0]) + ": --strict takes no bad series")
     if len(quarantine) >= plan.series:
@@ -143,7 +143,7 @@ def prepare(
         )
     if not finished:
         counts = {"series": plan.series, "frames": plan.frames, "dropped": dict(plan.dropped)}
-        store.complete(place, {"counts": counts, "quarantine": quarantine}, done)
+        records.complete(place, {"counts": counts, "quarantine": quarantine}, done)
     return Prepared(archive, plan, written, seconds, quarantine)
 
 
@@ -158,7 +158,7 @@ def _plan(
         raise InputError(f"shards of {shard_mb} MB: needed 0 (a series each) or more")
     for url in (source, archive):
         _check_reach(url)
-    place, known = engine.absolute(source), tuple(store.series(engine.absolute(archive)))
+    place, known = engine.absolute(source), tuple(records.series(engine.absolute(archive)))
     if kind == "enso":
         return enso.plan(place, known=known)
     if kind == "radar":
@@ -194,7 +194,7 @@ def _pending(archive: str, plan: Plan) -> tuple[list[int], list[int]]:
     That is of other series than the shard has now, or, in an unfinished archive, with series that could not
     be read, which may have come back.
     """
-    done, finished = store.records(archive), store.is_complete(archive)
+    done, finished = records.read(archive), records.is_complete(archive)
     stale = [
         number
         for number, record in done.items()
@@ -209,7 +209,7 @@ def _pending(archive: str, plan: Plan) -> tuple[list[int], list[int]]:
 
 
 def _identity(shard: Shard) -> str:
-    return store.config_hash(shard.identity)
+    return records.config_hash(shard.identity)
 
 
 # -------------------------------------------------------------------------------------------- tasks
@@ -271,7 +271,7 @@ def write_shard(number: int, shard: Shard, archive: str, strict: bool = False) -
         InputError: a series cannot be read, and `strict`.
     """
     identity = _identity(shard)
-    if store.is_written(archive, number, identity):
+    if records.is_written(archive, number, identity):
         # By the task that this one is the retry of, or by another command.
         return {"written": False, "items": 0, "bytes": 0}
     began = time.perf_counter()
@@ -290,7 +290,7 @@ def write_shard(number: int, shard: Shard, archive: str, strict: bool = False) -
         "sources": sources,
         "source": folder,
     }
-    store.write_record(archive, number, record)
+    records.write(archive, number, record)
     size = sum(values.nbytes for region in regions for values in region.arrays.values())
     ranges = (each for of in sources.values() for source in of for each in source.ranges)
     telemetry.shard_done(
@@ -331,7 +331,7 @@ def estimate(
     """
     plan = _plan(kind, source, archive, modalities, variable, shard_mb)
     place = engine.absolute(archive)
-    begun = store.begun(place, plan.config, plan.contents)
+    begun = records.begun(place, plan.config, plan.contents)
     pending = _pending(place, plan)[0] if begun else range(len(plan.shards))
     sample = next((plan.shards[n] for n in pending if not isinstance(plan.shards[n], BrokenFile)), None)
     workers = min(workers or engine.cores(), max(1, len(pending)))

@@ -11,7 +11,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from pipelines import configs
-from pipelines.archives import store
+from pipelines.archives import records
 from pipelines.errors import InputError
 
 Options = dict[str, Any]
@@ -120,4 +120,4 @@ def run(todo: Sequence[Step], command: Callable[[Sequence[str]], None]) -> None:
 
 def missing(step: Step) -> list[str]:
     """What a step needs and is not there yet."""
-    return [url for url in step.needs if not store.is_complete(url)]
+    return [url for url in step.needs if not records.is_complete(url)]

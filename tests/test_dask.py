@@ -16,7 +16,7 @@ from tiny_archive import built
 from tiny_scored import write_reduced
 
 from pipelines import engine
-from pipelines.archives import sevir, store, synthetic
+from pipelines.archives import records, sevir, store, synthetic
 from pipelines.errors import InputError
 from pipelines.series import Window
 from pipelines.tasks import TASKS
@@ -99,7 +99,7 @@ def test_what_cannot_be_opened_is_refused(tmp_path, archive):
     with pytest.raises(InputError, match="chunks 'auto' are unknown: needed shards or chunks"):
         store.open_dataset(archive.url, chunks="auto")
     shutil.copytree(archive.url, tmp_path / "a.zarr")
-    (tmp_path / "a.zarr" / store.COMPLETE).unlink()
+    (tmp_path / "a.zarr" / records.COMPLETE).unlink()
     with pytest.raises(InputError, match=r"a\.zarr is not complete: 3 of 3 shards are there"):
         store.open_dataset(str(tmp_path / "a.zarr"))
 

@@ -13,7 +13,7 @@ from tiny_prediff import begun, config
 
 from earthformer.forecasters import members_of
 from pipelines import cli, runs, storage, windows
-from pipelines.archives import checks, store
+from pipelines.archives import checks, records, store
 from pipelines.configs import resolve_task
 from pipelines.errors import InputError
 from pipelines.events import parse_events
@@ -210,7 +210,7 @@ def test_the_command_that_is_noted_makes_the_same_forecast(trainings, archive, t
         cli.app([*words[1:], "--out", url], standalone_mode=False)
         made = xr.open_zarr(url)
         assert made.attrs["history"] == command(planned_one)
-        assert storage.read_json(url, "records/config.json")["config_hash"] == store.config_hash(
+        assert storage.read_json(url, "records/config.json")["config_hash"] == records.config_hash(
             planned_one.config
         )
 

@@ -12,7 +12,7 @@ from tiny_grid import box, enso_placed, minutes, placed, rain
 
 from earthformer.scores import nino34
 from pipelines import windows
-from pipelines.archives import checks, store, synthetic
+from pipelines.archives import checks, records, store, synthetic
 from pipelines.ensembles import Reduction, dilate, disk, interval
 from pipelines.events import NINO34, Event, bind, vil_kg_m2
 from pipelines.forecast_store import reductions
@@ -474,8 +474,8 @@ def test_reductions_of_an_archive_fill_their_template(archive, tmp_path):
         region = {"window": slice(first, min(first + 2, len(keys)))}
         part = {name: np.stack([r[name] for r in results[region["window"]]]) for name in results[0]}
         crc32 = store.write_region(url, "", part, region)
-        store.write_record(url, shard, {"regions": [store.region_record("", region, crc32)]})
-    store.complete(url, {"counts": {"windows": len(keys)}})
+        records.write(url, shard, {"regions": [store.region_record("", region, crc32)]})
+    records.complete(url, {"counts": {"windows": len(keys)}})
     assert checks.validate(url) == []
     with xr.open_zarr(url, decode_timedelta=True) as opened:
         assert set(opened.data_vars) == set(results[0])

@@ -27,7 +27,7 @@ from earthformer.config import StemStage
 from earthformer.presets import EARTHFORMERS
 from pipelines import cli, plans, runs, windows
 from pipelines import forecast as stage
-from pipelines.archives import checks, sevir, store, synthetic
+from pipelines.archives import checks, records, sevir, store, synthetic
 from pipelines.errors import InputError, boundary_error
 from pipelines.forecast import forecast
 from pipelines.forecast_store import member_seeds
@@ -377,7 +377,7 @@ def test_a_replica_holds_few_windows_of_full_size(tmp_path, folder):
     table.to_csv(tmp_path / "CATALOG.csv", index=False)
     laid_out, url = sevir.plan(str(tmp_path)), str(tmp_path / "a.zarr")
     store.create(url, laid_out.groups, config=laid_out.config, shards=0)
-    store.complete(url, {"counts": {}})
+    records.complete(url, {"counts": {}})
     dense = dataclasses.replace(TASKS["sevir"], stride=(1, 1, 1))
     planned = plan("persistence", url, "test", task=dense)
     assert (len(planned.keys), planned.shard_windows, planned.shards) == (50, 9, 6)
@@ -434,7 +434,7 @@ def test_an_archive_of_another_kind_or_size_is_refused(tmp_path, folder):
 
 def test_a_forecast_is_not_written_over_another(tmp_path, folder, planned, whole):
     other = dataclasses.replace(planned, seed=1)
-    mine, theirs = store.config_hash(other.config), store.config_hash(planned.config)
+    mine, theirs = records.config_hash(other.config), records.config_hash(planned.config)
     before = content(whole)
     with pytest.raises(
         InputError, match=f"whole.zarr was written under configuration {theirs}, asked is {mine}"
@@ -495,7 +495,7 @@ def test_a_damaged_archive_is_one_line_and_leaves_nothing_that_looks_complete(tm
     said = boundary_error(caught.value)
     assert isinstance(said, InputError)
     assert str(said).startswith(f"{tmp_path}/archive.zarr, vil, cannot be read: ")
-    assert not store.is_complete(str(tmp_path / "f.zarr"))
+    assert not records.is_complete(str(tmp_path / "f.zarr"))
 
 
 # ----------------------------------------------------------------------------------------------- the verb

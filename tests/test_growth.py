@@ -12,7 +12,7 @@ from tiny_archive import timeless
 
 from pipelines import prepare as stage
 from pipelines import storage, windows
-from pipelines.archives import checks, store, synthetic
+from pipelines.archives import checks, records, store, synthetic
 from pipelines.errors import InputError
 from pipelines.prepare import estimate, prepare
 from pipelines.tasks import TASKS
@@ -94,10 +94,10 @@ def test_a_gained_file_is_added_and_nothing_else_is_done(tmp_path, raw, here):
 def test_events_that_come_in_between_are_added_at_the_end(tmp_path, raw, here):
     url, source = tmp_path / "a.zarr", tmp_path / "raw"
     prepared(part(raw, source, slice(2, None)), url)
-    held = list(store.series(str(url)))
+    held = list(records.series(str(url)))
     shutil.copy(raw / "CATALOG.csv", source / "CATALOG.csv")
     prepared(source, url)
-    names = list(store.series(str(url)))
+    names = list(records.series(str(url)))
     assert names[:4] == held
     assert len(names) == EVENTS
     whole = tmp_path / "b.zarr"
@@ -124,17 +124,15 @@ def test_growth_that_was_cut_off_goes_on(tmp_path, raw, here, monkeypatch, reach
         raise Cut
 
     write_json = storage.write_json
-    stops = {"contents": store.CONFIG, "some of the template": "", "config": "", "template": "", "shard": ""}
+    stops = {"contents": records.CONFIG, "template": records.TEMPLATE}
 
     def write(place, name, value, **how):
-        if name == stops[reached] and name:
-            raise Cut
-        if reached == "template" and name == store.TEMPLATE:
+        if name == stops.get(reached):
             raise Cut
         write_json(place, name, value, **how)
 
     with monkeypatch.context() as patch:
-        patch.setattr(store, "write_json", write)
+        patch.setattr(records, "write_json", write)
         if reached in ("config", "some of the template"):
             patch.setattr(store, "write_all", cut if reached == "config" else half)
         if reached == "shard":
@@ -162,7 +160,7 @@ def test_a_source_that_lost_or_changed_something_is_refused(tmp_path, raw, here)
     with pytest.raises(InputError, match=r"a\.zarr holds S\d+ of [0-9a-f]+, and the source has [0-9a-f]+"):
         prepared(source, url)
     assert files(url) == before
-    assert store.is_complete(str(url))
+    assert records.is_complete(str(url))
 
 
 def test_radar_and_enso_grow_too(tmp_path, here):
@@ -177,7 +175,7 @@ def test_radar_and_enso_grow_too(tmp_path, here):
     broken.write_bytes(b"\x89HDF and no more")
     grown = prepare("radar", str(radar), url, progress=False)
     assert grown.written == 2
-    assert list(store.series(url))[-1] == first.stem
+    assert list(records.series(url))[-1] == first.stem
     assert checks.validate(url) == []
     # What was broken may be mended: its place in the list of shards is another's by then.
     with h5py.File(broken, "w") as file, h5py.File(away if away.exists() else radar / first.name) as of:
@@ -194,5 +192,5 @@ def test_radar_and_enso_grow_too(tmp_path, here):
     for path in soda:
         shutil.move(path, enso)
     grown = prepare("enso", str(enso), url, progress=False)
-    assert (grown.written, list(store.series(url))[-1]) == (1, "SODA")
+    assert (grown.written, list(records.series(url))[-1]) == (1, "SODA")
     assert checks.validate(url) == []

@@ -12,7 +12,7 @@ from tiny_replicas import replicas_in_process
 
 from earthformer.config import Scaling
 from pipelines import configs, journal, latents, loop, plans, runs, windows
-from pipelines.archives import checks, store
+from pipelines.archives import checks, records, store
 from pipelines.errors import InputError
 from pipelines.tasks import Splits
 from pipelines.train import train
@@ -64,7 +64,7 @@ def test_the_eight_turns_are_different_and_keep_the_values():
 
 def test_latents_that_are_there_are_not_made_again(archive, denoiser):
     url = latents.store_of(denoiser)
-    before = store.records(url)
+    before = records.read(url)
     latents.encode(
         runs.open_run(denoiser).config,
         store.open_archive(archive),
@@ -73,7 +73,7 @@ def test_latents_that_are_there_are_not_made_again(archive, denoiser):
         gpu=False,
         progress=False,
     )
-    assert store.records(url) == before
+    assert records.read(url) == before
     assert checks.validate(url) == []
 
 

@@ -12,7 +12,7 @@ import xarray as xr
 from tiny_archive import built
 
 from pipelines import cli
-from pipelines.archives import radar, sevir, store, synthetic
+from pipelines.archives import radar, records, sevir, store, synthetic
 from pipelines.errors import InputError
 from pipelines.lineage import lineage, lines
 from pipelines.version import code_version
@@ -64,7 +64,7 @@ def test_a_quarantined_series_says_why(tmp_path):
         file["id"][0] = b"S999999"
     built(sevir.plan(str(tmp_path / "raw"), shard_mb=0), str(tmp_path / "a.zarr"))
     url = str(tmp_path / "a.zarr")
-    place = list(store.series(url)).index(store.quarantined(url)[0]["series"])
+    place = list(records.series(url)).index(records.quarantined(url)[0]["series"])
     said = "\n".join(lines(lineage(url, f"vil/c/{place}/0/0/0")))
     assert "quarantined, row 0 holds event S999999" in said
 

@@ -20,7 +20,7 @@ import xarray as xr
 from tiny_archive import timeless
 
 from pipelines import cli, engine, storage, windows
-from pipelines.archives import BrokenFile, checks, store, synthetic
+from pipelines.archives import BrokenFile, checks, records, store, synthetic
 from pipelines.errors import InputError
 from pipelines.prepare import MOST_SHARDS, _check_memory, _tasks, estimate, prepare
 from pipelines.tasks import TASKS
@@ -91,7 +91,7 @@ def assert_same(folder: Path, other: Path) -> None:
     ours, theirs = files(folder), files(other)
     assert ours.keys() == theirs.keys()
     assert [name for name in ours if ours[name] != theirs[name]] == []
-    assert store.is_complete(str(folder))
+    assert records.is_complete(str(folder))
 
 
 # ------------------------------------------------------------------------------------- what is written
@@ -103,8 +103,8 @@ def test_shards_and_workers_do_not_matter(tmp_path, raw, archive):
     assert (done.written, len(done.plan.shards)) == (1, 1)
     one, many = (xr.open_zarr(str(u), mask_and_scale=False, chunks=None) for u in (url, archive))
     xr.testing.assert_identical(one.load(), many.load())
-    assert store.config_hash(storage.read_json(str(url), store.CONFIG)["config"]) != store.config_hash(
-        storage.read_json(str(archive), store.CONFIG)["config"]
+    assert records.config_hash(storage.read_json(str(url), records.CONFIG)["config"]) != records.config_hash(
+        storage.read_json(str(archive), records.CONFIG)["config"]
     )
     again = tmp_path / "again.zarr"
     prepare("sevir", str(raw / "sevir"), str(again), shard_mb=0, workers=2, memory_mb=100, progress=False)
@@ -297,7 +297,7 @@ def test_strict_stops_at_the_first_bad_event_and_resumes_when_it_is_well(tmp_pat
         "--strict",
     )
     assert f"{event}: row 0 holds event S999999" in refused(capfd, *arguments)
-    assert not store.is_complete(str(url))
+    assert not records.is_complete(str(url))
     path = next((source / "data/vil").rglob("*.h5"))
     with h5py.File(path, "r+") as file:
         file["id"][0] = event.encode()
@@ -449,7 +449,7 @@ def test_forecasts_are_inspected_and_validated_too(tmp_path, archive, capfd):
     url = tmp_path / "f.zarr"
     assert "forecast, configuration" in run(capfd, "inspect", str(url))[1]
     assert run(capfd, "validate", str(url))[:2] == (0, f"{url}: complete, all checksums match\n")
-    (url / store.COMPLETE).write_text('{"config_hash": "12')
+    (url / records.COMPLETE).write_text('{"config_hash": "12')
     assert "not complete: " in run(capfd, "inspect", str(url))[1]
     assert "records/complete.json is missing or cut off" in refused(capfd, "validate", str(url))
 
@@ -523,9 +523,9 @@ def test_a_full_disk_is_one_line_and_resumes_when_there_is_space(tmp_path, raw, 
             free = shutil.disk_usage(disk).free
             ballast.write_bytes(b"\0" * (free - left))
             assert "No space left on device" in refused(capfd, *arguments)
-            assert not store.is_complete(str(url))
+            assert not records.is_complete(str(url))
             assert "not complete" in refused(capfd, "score", "--forecast", str(url), "--archive", str(url))
-        assert 0 < len(store.records(str(url))) < EVENTS
+        assert 0 < len(records.read(str(url))) < EVENTS
         ballast.unlink()
         assert run(capfd, *arguments)[0] == 0
         assert_same(url, archive)
@@ -568,14 +568,14 @@ def test_a_killed_command_resumes_where_it_was(tmp_path, raw, archive):
 
     # In the middle of the template.
     Command(tmp_path).kill_when((url / "episode_id").exists)
-    assert not (url / store.TEMPLATE).exists()
+    assert not (url / records.TEMPLATE).exists()
 
     # When some shards are done.
     Command(tmp_path).kill_when(lambda: sum(r.exists() for r in records) >= 2)
     # Between a shard's data and its record: too short a moment to be hit, and this is how it is found.
     cut = max(n for n in range(EVENTS) if shards[n].exists())
     records[cut].unlink(missing_ok=True)
-    done = [n for n in range(EVENTS) if n in store.records(str(url))]
+    done = [n for n in range(EVENTS) if n in records.read(str(url))]
     assert 0 < len(done) < EVENTS
     before = {n: (shards[n].stat().st_mtime_ns, records[n].stat().st_mtime_ns) for n in done}
 

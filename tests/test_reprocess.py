@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from pipelines import cli
-from pipelines.archives import checks, store, synthetic
+from pipelines.archives import checks, records, synthetic
 from pipelines.reprocess import read_campaign, steps
 
 CAMPAIGN = """
@@ -86,7 +86,7 @@ def test_it_is_done_once_and_goes_on(tmp_path, raw, ray_cluster, earthformer):
     assert said.count("all there before") == 3
     assert {p: p.stat().st_mtime_ns for p in out.rglob("*") if p.is_file() and p.suffix != ".html"} == before
     (out / "one/persistence.zarr/records/000000.json").unlink()
-    (out / "one/persistence.zarr" / store.COMPLETE).unlink()
+    (out / "one/persistence.zarr" / records.COMPLETE).unlink()
     code, said, _ = earthformer("reprocess", "--config", config)
     assert (code, said.count("all there before")) == (0, 2)
 

@@ -21,7 +21,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 from tiny_archive import timeless
 
 from pipelines import storage
-from pipelines.archives import checks, store
+from pipelines.archives import checks, records, store
 from pipelines.errors import InputError
 
 CONFIG = {"kind": "radar", "of": "tests"}
@@ -70,14 +70,14 @@ def write(url: str, shard: int, quarantine: list[dict[str, str]] | None = None) 
     if shard == 0:
         crc32 = store.write_region(url, "other", {"rate": values(1)[:1]}, {})
         written.append(store.region_record("other", {}, crc32))
-    store.write_record(url, shard, {"regions": written, "quarantine": quarantine or []})
+    records.write(url, shard, {"regions": written, "quarantine": quarantine or []})
 
 
 def finish(url: str) -> str:
     begin(url)
     for shard in range(SHARDS):
         write(url, shard)
-    store.complete(url, {"counts": {"series": EVENTS, "dropped": {"pct_missing > 0": 2, "twice": 0}}})
+    records.complete(url, {"counts": {"series": EVENTS, "dropped": {"pct_missing > 0": 2, "twice": 0}}})
     return url
 
 
@@ -112,7 +112,7 @@ def files(folder: Path) -> dict[str, bytes]:
 def test_a_store_is_the_same_at_any_url(tmp_path, finished, pattern):
     url = finish(pattern.format(tmp=tmp_path, id=uuid.uuid4().hex))
     assert checks.validate(url) == []
-    assert store.pending(url, SHARDS) == []
+    assert records.pending(url, SHARDS) == []
     np.testing.assert_array_equal(store.open_store(url)["rate"], values())
     np.testing.assert_array_equal(store.Archive(url).array("other", "rate")[:], values(1)[:1])
     fs, path = fsspec.core.url_to_fs(url)
@@ -156,7 +156,7 @@ def test_what_others_wrote_is_seen_where_listings_are_remembered():
     for shard in range(SHARDS):
         write(theirs, shard)
     assert len(fs.ls(f"{path}/records")) == 4
-    store.complete(ours, {})
+    records.complete(ours, {})
     assert checks.validate(ours) == []
 
 
@@ -203,13 +203,13 @@ def test_an_archive_travels_as_its_url(finished):
     assert vars(again) == {"url": finished}
     assert again.root["event"].values.dtype.kind == "U"
     assert again.positions("event")["S003"] == 3
-    assert (again.kind, again.config_hash) == ("radar", store.config_hash(CONFIG))
+    assert (again.kind, again.config_hash) == ("radar", records.config_hash(CONFIG))
 
 
 def test_the_hash_is_of_what_the_configuration_says():
-    assert store.config_hash({"a": 1, "b": [1, 2]}) == store.config_hash({"b": (1, 2), "a": 1})
-    assert store.config_hash({"a": 1}) != store.config_hash({"a": 2})
-    assert len(store.config_hash({})) == 16
+    assert records.config_hash({"a": 1, "b": [1, 2]}) == records.config_hash({"b": (1, 2), "a": 1})
+    assert records.config_hash({"a": 1}) != records.config_hash({"a": 2})
+    assert len(records.config_hash({})) == 16
 
 
 # -------------------------------------------------------------------------------------------- resuming
@@ -222,9 +222,9 @@ def test_the_same_configuration_continues(tmp_path):
     before = files(tmp_path)
     begin(url)
     assert files(tmp_path) == before
-    assert store.pending(url, SHARDS) == [0, 2]
+    assert records.pending(url, SHARDS) == [0, 2]
     with pytest.raises(InputError, match="not complete: 1 of 3 shards are there; run the same command again"):
-        store.complete(url, {})
+        records.complete(url, {})
     with pytest.raises(InputError, match="not complete: 1 of 3 shards are there"):
         store.open_archive(url)
 
@@ -232,7 +232,9 @@ def test_the_same_configuration_continues(tmp_path):
 def test_another_configuration_is_refused_and_both_are_named(finished):
     other = {**CONFIG, "of": "others"}
     before = files(Path(finished))
-    with pytest.raises(InputError, match=f"{store.config_hash(CONFIG)}, asked is {store.config_hash(other)}"):
+    with pytest.raises(
+        InputError, match=f"{records.config_hash(CONFIG)}, asked is {records.config_hash(other)}"
+    ):
         begin(finished, other)
     assert files(Path(finished)) == before
 
@@ -283,7 +285,7 @@ def test_a_kill_while_the_template_is_written_costs_nothing(tmp_path, finished, 
     child.send_signal(signal.SIGKILL)
     child.wait()
     assert watched.exists()
-    if storage.read_json(str(folder), store.CONFIG):  # whole
+    if storage.read_json(str(folder), records.CONFIG):  # whole
         assert "not complete" in checks.describe(str(folder))
     with pytest.raises(InputError):
         store.open_archive(str(folder))
@@ -295,23 +297,23 @@ def test_records_that_were_cut_off_are_no_records(copy):
     whole = (copy / "records/000001.json").read_bytes()
     for text in (b"", whole[:20], whole[:-1], b"\xff\xfe" + whole[2:], b"[]", b'{"shard": 1}', b"null"):
         (copy / "records/000001.json").write_bytes(text)
-        assert store.pending(str(copy), SHARDS) == [1]
+        assert records.pending(str(copy), SHARDS) == [1]
     (copy / "records/000001.json").write_bytes(whole)
-    assert store.pending(str(copy), SHARDS) == []
-    (copy / store.COMPLETE).write_bytes((copy / store.COMPLETE).read_bytes()[:-3])
-    assert not store.is_complete(str(copy))
-    store.complete(str(copy), {})
-    assert store.is_complete(str(copy))
+    assert records.pending(str(copy), SHARDS) == []
+    (copy / records.COMPLETE).write_bytes((copy / records.COMPLETE).read_bytes()[:-3])
+    assert not records.is_complete(str(copy))
+    records.complete(str(copy), {})
+    assert records.is_complete(str(copy))
 
 
 def test_a_configuration_that_was_cut_off_is_written_again(tmp_path):
     (tmp_path / "records").mkdir()
-    (tmp_path / store.CONFIG).write_text('{"config_hash": "01')
+    (tmp_path / records.CONFIG).write_text('{"config_hash": "01')
     assert checks.validate(finish(str(tmp_path))) == []
 
 
 def test_data_are_never_wiped_for_a_lost_template_record(copy):
-    (copy / store.TEMPLATE).unlink()
+    (copy / records.TEMPLATE).unlink()
     before = files(copy)
     with pytest.raises(InputError, match=r"has shards but no records/template\.json: it is damaged"):
         begin(str(copy))
@@ -325,7 +327,7 @@ def test_leftovers_of_killed_writers_are_swept_at_the_end(tmp_path):
         write(url, shard)
     left = tmp_path / f"a.zarr/rate/c/0/0/0/0.{uuid.uuid4().hex}.partial"
     left.write_bytes(b"half")
-    store.complete(url, {})
+    records.complete(url, {})
     assert not left.exists()
     assert checks.validate(url) == []
 
@@ -333,10 +335,10 @@ def test_leftovers_of_killed_writers_are_swept_at_the_end(tmp_path):
 def test_a_removed_record_reopens_the_store(copy):
     (copy / "records/000002.json").unlink()
     begin(str(copy))
-    store.reopen(str(copy))
-    assert not store.is_complete(str(copy))
+    records.reopen(str(copy))
+    assert not records.is_complete(str(copy))
     write(str(copy), 2)
-    store.complete(str(copy), {})
+    records.complete(str(copy), {})
     assert checks.validate(str(copy)) == []
 
 
@@ -347,9 +349,9 @@ def test_every_quarantined_series_counts_once(tmp_path):
     other = {"series": "S000", "file": "a.h5", "reason": "cut"}
     for shard, rows in enumerate([[first], [again, other], []]):
         write(url, shard, rows)
-    assert store.quarantined(url) == [first, other]
-    store.complete(url, {"quarantine": store.quarantined(url)})
-    assert store.quarantined(url) == [first, other]
+    assert records.quarantined(url) == [first, other]
+    records.complete(url, {"quarantine": records.quarantined(url)})
+    assert records.quarantined(url) == [first, other]
     assert store.open_archive(url).quarantine == {"S000", "S001"}
 
 
@@ -395,9 +397,9 @@ def test_what_is_lost_is_named(copy, name, expected):
 def test_a_cut_shard_and_an_altered_configuration_are_named(copy):
     shard = copy / "rate/c/2/0/0/0"
     shard.write_bytes(shard.read_bytes()[:-7])
-    config = json.loads((copy / store.CONFIG).read_text())
+    config = json.loads((copy / records.CONFIG).read_text())
     config["config"]["of"] = "another"
-    (copy / store.CONFIG).write_text(json.dumps(config))
+    (copy / records.CONFIG).write_text(json.dumps(config))
     problems = checks.validate(str(copy))
     assert len(problems) == 2
     assert "records/config.json does not have the hash" in problems[0]
@@ -425,7 +427,7 @@ def test_what_is_no_store_is_said_so(tmp_path):
 
 def test_a_description_says_how_far_a_store_is(tmp_path, finished):
     text = checks.describe(finished)
-    assert f"radar, configuration {store.config_hash(CONFIG)}" in text
+    assert f"radar, configuration {records.config_hash(CONFIG)}" in text
     assert "complete since 20" in text
     assert "5 series; left out: 2 rows (pct_missing > 0)\n" in text
     assert "other: rate {'event': 1, 'time': 4, 'y': 8, 'x': 8} uint16" in text
@@ -433,5 +435,5 @@ def test_a_description_says_how_far_a_store_is(tmp_path, finished):
     begin(url)
     write(url, 1)
     assert "not complete: 1 of 3 shards are there; run the same command again" in checks.describe(url)
-    (tmp_path / "a.zarr" / store.TEMPLATE).unlink()
+    (tmp_path / "a.zarr" / records.TEMPLATE).unlink()
     assert "its template is cut off; run the same command again" in checks.describe(url)

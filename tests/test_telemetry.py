@@ -11,7 +11,7 @@ import ray
 import yaml
 
 from pipelines import telemetry
-from pipelines.archives import store, synthetic
+from pipelines.archives import records, synthetic
 from pipelines.prepare import prepare
 from pipelines.serving.metrics import Metrics
 
@@ -69,7 +69,7 @@ def test_log_lines_are_json_with_job_stage_and_shard(archive):
         assert line["job_id"] == ray.get_runtime_context().get_job_id()
         assert line["read_bytes"] > 0
         assert {"task_id", "node_id", "worker_id"} <= line.keys()
-    assert len(store.records(archive)) == EVENTS
+    assert len(records.read(archive)) == EVENTS
 
 
 def _logs() -> str:

@@ -9,7 +9,7 @@ import numpy as np
 import xarray as xr
 
 from pipelines import prepare
-from pipelines.archives import Plan, radar, store
+from pipelines.archives import Plan, radar, records, store
 from pipelines.archives.store import Archive
 from pipelines.tasks import TASKS, Task, Tiles
 
@@ -23,7 +23,7 @@ def built(plan: Plan, url: str) -> Archive:
     for number, shard in enumerate(plan.shards):
         prepare.write_shard(number, shard, url)
     counts = {"series": plan.series, "frames": plan.frames, "dropped": dict(plan.dropped)}
-    store.complete(url, {"counts": counts, "quarantine": store.quarantined(url)})
+    records.complete(url, {"counts": counts, "quarantine": records.quarantined(url)})
     return store.open_archive(url)
 
 
@@ -36,7 +36,7 @@ def bare(url: str, kind: str, root: xr.Dataset, quarantine: tuple[str, ...] = ()
     """An archive of metadata alone."""
     store.create(url, {"": root}, config={"kind": kind}, shards=0)
     rows = [{"series": name, "file": "f", "reason": "r"} for name in quarantine]
-    store.complete(url, {"counts": {}, "quarantine": rows})
+    records.complete(url, {"counts": {}, "quarantine": rows})
     return store.open_archive(url)
 
 

@@ -11,7 +11,7 @@ import torch
 from earthformer.config import EarthformerConfig
 from earthformer.forecasters import EarthformerForecaster
 from pipelines import configs, forecast_store, plans, runs, storage, windows
-from pipelines.archives import store
+from pipelines.archives import records, store
 from pipelines.archives.store import Archive
 from pipelines.series import Window
 from pipelines.tasks import Task
@@ -35,7 +35,7 @@ def write_forecast(
         task=task,
         forecaster=forecaster,
         run=forecaster,
-        run_hash=store.config_hash({"run": forecaster}),
+        run_hash=records.config_hash({"run": forecaster}),
         archive=archive,
         keys=tuple(keys),
         split=split,
@@ -52,10 +52,10 @@ def write_forecast(
         region = {"window": planned.shard(shard)}
         part = {task.variable: values[region["window"]].astype(np.float32)}
         crc32 = store.write_region(url, "", part, region)
-        store.write_record(url, shard, {"regions": [store.region_record("", region, crc32)]})
+        records.write(url, shard, {"regions": [store.region_record("", region, crc32)]})
         if not finish:
             return url
-    store.complete(url, {"counts": {"windows": len(keys), "members": values.shape[1]}})
+    records.complete(url, {"counts": {"windows": len(keys), "members": values.shape[1]}})
     return url
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from pipelines import forecast_store, plans
-from pipelines.archives import store, synthetic
+from pipelines.archives import records, store, synthetic
 from pipelines.archives.store import Archive
 from pipelines.ensembles import Reduction
 from pipelines.events import Event
@@ -48,7 +48,7 @@ def write_reduced(
         task=task,
         forecaster="prediff",
         run="prediff",
-        run_hash=store.config_hash({"run": "prediff"}),
+        run_hash=records.config_hash({"run": "prediff"}),
         archive=archive,
         keys=tuple(keys),
         split="test",
@@ -64,6 +64,6 @@ def write_reduced(
         found = reduction.result() | ({task.variable: members} if keep_members else {})
         region = {"window": slice(index, index + 1)}
         crc32 = store.write_region(url, "", {name: value[None] for name, value in found.items()}, region)
-        store.write_record(url, index, {"regions": [store.region_record("", region, crc32)]})
-    store.complete(url, {"counts": {"windows": len(keys), "members": values.shape[1]}})
+        records.write(url, index, {"regions": [store.region_record("", region, crc32)]})
+    records.complete(url, {"counts": {"windows": len(keys), "members": values.shape[1]}})
     return url

@@ -7,7 +7,7 @@ from typing import Any
 
 import zarr
 
-from pipelines.archives import UNREADABLE, store, why
+from pipelines.archives import UNREADABLE, records, store, why
 from pipelines.storage import filesystem, read_all, read_json, zarr_store
 
 
@@ -17,14 +17,14 @@ def validate(url: str) -> list[str]:
     Raises:
         InputError: there is no store at `url`.
     """
-    config, done = store.config_record(url), store.records(url)
+    config, done = records.config_record(url), records.read(url)
     problems = list(_template_problems(url, config))
     missing = [shard for shard in range(config["shards"]) if shard not in done]
     if missing:
         some = ", ".join(map(str, missing[:8])) + (", …" if len(missing) > 8 else "")
         problems.append(f"{len(missing)} of {config['shards']} shards have no record: {some}")
-    elif not store.is_complete(url):
-        problems.append(f"{store.COMPLETE} is missing or cut off")
+    elif not records.is_complete(url):
+        problems.append(f"{records.COMPLETE} is missing or cut off")
     # Two at a time: one is read while another is decompressed, and no more than that is held in memory.
     with ThreadPoolExecutor(2) as pool:
         for found in pool.map(lambda item: list(_shard_problems(url, *item)), sorted(done.items())):
@@ -33,11 +33,11 @@ def validate(url: str) -> list[str]:
 
 
 def _template_problems(url: str, config: Mapping[str, Any]) -> Iterator[str]:
-    if store.identity_hash(config) != config["config_hash"]:
-        yield f"{store.CONFIG} does not have the hash that it names, {config['config_hash']}"
-    template = read_json(url, store.TEMPLATE)
+    if records.identity_hash(config) != config["config_hash"]:
+        yield f"{records.CONFIG} does not have the hash that it names, {config['config_hash']}"
+    template = read_json(url, records.TEMPLATE)
     if template is None:
-        yield f"{store.TEMPLATE} is missing or cut off"
+        yield f"{records.TEMPLATE} is missing or cut off"
         return
     for name, text in read_all(url, list(template["crc32"])).items():
         expected = template["crc32"][name]
@@ -67,16 +67,16 @@ def describe(url: str) -> str:
     Raises:
         InputError: there is no store at `url`, or its metadata are damaged.
     """
-    config, done = store.config_record(url), read_json(url, store.COMPLETE)
+    config, done = records.config_record(url), read_json(url, records.COMPLETE)
     fs, path = filesystem(url)
     lines = [
         f"{url}: {config['config']['kind']}, configuration {config['config_hash']}, "
         f"{fs.du(path) / 1e6:.1f} MB"
     ]
-    if read_json(url, store.TEMPLATE) is None:
+    if read_json(url, records.TEMPLATE) is None:
         return "\n".join([*lines, "not complete: its template is cut off; run the same command again"])
     if done is None:
-        lines.append(store.unfinished(url, config["shards"], len(store.pending(url, config["shards"]))))
+        lines.append(records.unfinished(url, config["shards"], len(records.pending(url, config["shards"]))))
     else:
         lines.append(
             f"complete since {done['finished']}: {config['shards']} shards, code {done['code_version']}"

@@ -1,132 +1,31 @@
-"""Zarr stores that are cut into shards: metadata before data, and a record written last.
+"""Zarr stores that are cut into shards: laid out whole, written shard by shard, read by xarray.
 
-    URL/records/config.json         what the store is to hold, and the hash of it: written first
-    URL/records/contents.json       its series, and what each is made of
-    URL/zarr.json, URL/<variable>/  a plain Zarr v3 group, laid out whole; `xarray.open_zarr(URL)` reads it
-    URL/records/template.json       the layout is written: checksums of its files
-    URL/records/000012.json         shard 12 is written: its checksums, and where its values are from
-    URL/records/complete.json       all shards are written: counts, quarantine
-
-A shard is the unit of writing, of retry and of resumption: one task writes the whole of it. "The object
-exists" is not "done"; its record is. A record that cannot be parsed was cut off and counts as absent.
-
-Whatever is written twice, by a task that is retried or by two commands at once, is the same both times. So
-there is no lock: commands that run at the same time share the work.
+What is done of a store is said by its records: see `pipelines.archives.records`.
 """
 
-import contextlib
-import hashlib
-import itertools
-import json
-import re
-import time
 import uuid
 import warnings
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from types import MappingProxyType
 from typing import Any, cast
 
 import dask.array
 import numpy as np
 import xarray as xr
 import zarr
-from fsspec.implementations.local import LocalFileSystem
 from zarr.codecs import BloscCodec, Crc32cCodec, ZstdCodec
 from zarr.core.metadata import ArrayV3Metadata
 
-from pipelines.archives import UNREADABLE, why
+from pipelines.archives import UNREADABLE, records, why
 from pipelines.errors import InputError
-from pipelines.storage import (
-    filesystem,
-    listed,
-    parsed,
-    read_all,
-    read_json,
-    write_all,
-    write_json,
-    zarr_store,
-)
-from pipelines.version import code_version
+from pipelines.storage import filesystem, write_all, zarr_store
 
-CONFIG, CONTENTS, TEMPLATE, COMPLETE = (
-    f"records/{name}.json" for name in ("config", "contents", "template", "complete")
-)
 SECONDS = {"units": "seconds since 1970-01-01", "dtype": "int64"}
-NO_SERIES: Mapping[str, str] = MappingProxyType({})
 
 
 # ------------------------------------------------------------------------------------------ writing
-
-
-def config_hash(config: Any) -> str:
-    """First 16 hex digits of the SHA-256 of the configuration's canonical JSON."""
-    canonical = json.dumps(config, sort_keys=True, separators=(",", ":"), default=str)
-    return hashlib.sha256(canonical.encode()).hexdigest()[:16]
-
-
-def begun(url: str, config: Mapping[str, Any], contents: Mapping[str, str] = NO_SERIES) -> bool:
-    """Whether a store of this configuration has been begun at `url`; False where there is nothing yet.
-
-    It may hold fewer series, if they are the first of `contents`: it grows.
-
-    Raises:
-        InputError: `url` holds a store of another configuration (both hashes are named), of other series, or
-            other files.
-    """
-    found = read_json(url, CONFIG)
-    if found is None:
-        # The contents are the first file of a store, so that they may be all there is, or the half of them.
-        names = [n for n in listed(url, "records") if not n.startswith(("contents.json", "config.json"))]
-        if names or not set(listed(url)) <= {"records"}:
-            raise InputError(f"{url} exists and is no store of ours: needed an empty or absent folder")
-        return False
-    asked = _config_record(config, contents)
-    if found["config"] != _as_json(config):
-        raise InputError(
-            f"{url} was written under configuration {found['config_hash']}, asked is {asked['config_hash']}: "
-            "needed the same configuration, or another URL"
-        )
-    held = dict(itertools.islice(contents.items(), found.get("series", 0)))
-    if _digest(held) != found.get("contents", _digest({})):
-        raise InputError(
-            f"{url} {_difference(series(url), held)}: needed a source that has only gained, or another URL"
-        )
-    return True
-
-
-def _config_record(config: Mapping[str, Any], contents: Mapping[str, str]) -> dict[str, Any]:
-    record = {"config": config, "series": len(contents), "contents": _digest(contents)}
-    return {"config_hash": identity_hash(record), **record}
-
-
-def hash_of(config: Mapping[str, Any], contents: Mapping[str, str] = NO_SERIES) -> str:
-    """The hash that a store of this layout and these series goes by."""
-    return str(_config_record(config, contents)["config_hash"])
-
-
-def identity_hash(record: Mapping[str, Any]) -> str:
-    """The hash that the store of a configuration record goes by."""
-    if not record.get("series"):
-        return config_hash(record["config"])
-    return config_hash({**record["config"], "contents": record["contents"]})
-
-
-def _as_json(value: Any) -> Any:
-    return json.loads(json.dumps(value, default=str))
-
-
-def _digest(contents: Mapping[str, str]) -> str:
-    return config_hash(list(contents.items()))
-
-
-def _difference(held: Mapping[str, str], found: Mapping[str, str]) -> str:
-    for name, of in held.items():
-        if found.get(name) != of:
-            return f"holds {name} of {of}, and the source has {found.get(name, 'none')}"
-    return f"holds {len(held)} series, and the source has {len(found)} of them"
 
 
 def create(
@@ -135,7 +34,7 @@ def create(
     *,
     config: Mapping[str, Any],
     shards: int,
-    contents: Mapping[str, str] = NO_SERIES,
+    contents: Mapping[str, str] = records.NO_SERIES,
 ) -> None:
     """Write a store's full template; does nothing where the same one has been written before.
 
@@ -155,24 +54,13 @@ def create(
     """
     if "records" in groups:
         raise InputError(f"{url} would hold a series called records: needed another name, for these are ours")
-    there = begun(url, config, contents)
-    asked = {**_config_record(config, contents), "shards": shards}
-    template = read_json(url, TEMPLATE)
-    if there and template is None and records(url):
-        raise InputError(f"{url} has shards but no {TEMPLATE}: it is damaged; needed another URL")
-    if not there or read_json(url, CONFIG) != _as_json(asked):
-        reopen(url)
-        try:
-            write_json(url, CONTENTS, contents, indent=None)
-            write_json(url, CONFIG, asked)
-        except (NotImplementedError, ValueError) as error:  # an archive of files opened to be read, the web
-            raise InputError(f"{url} cannot be written to: needed a URL of a file system that can") from error
-    elif template is not None and template.get("config_hash") == asked["config_hash"]:
-        return
-    _write_template(url, groups, asked["config_hash"])
+    digest = records.begin(url, config, shards, contents)
+    if digest is not None:
+        records.laid_out(url, digest, _write_template(url, groups))
 
 
-def _write_template(url: str, groups: Mapping[str, xr.Dataset], digest: str) -> None:
+def _write_template(url: str, groups: Mapping[str, xr.Dataset]) -> dict[str, int]:
+    """Returns the CRC-32 of each file."""
     # Made in memory, so that nothing lies there that is not written by all who write it at the same time.
     scratch = f"memory://earthformer-template-{uuid.uuid4().hex}"
     memory, folder = filesystem(scratch)
@@ -205,13 +93,7 @@ def _write_template(url: str, groups: Mapping[str, xr.Dataset], digest: str) -> 
     written = {name: memory.cat_file(f"{folder}/{name}") for name in names}
     memory.rm(folder, recursive=True)
     write_all(url, written)
-    crc32 = {name: zlib.crc32(text) for name, text in written.items() if not name.startswith("records/")}
-    write_json(url, TEMPLATE, {"config_hash": digest, "crc32": crc32})
-
-
-def series(url: str) -> dict[str, str]:
-    """Name of each series of a store, finished or not, in its order, to what it is made of."""
-    return (read_json(url, CONTENTS) or {}) if read_json(url, CONFIG) else {}
+    return {name: zlib.crc32(text) for name, text in written.items() if not name.startswith("records/")}
 
 
 def write_region(
@@ -242,107 +124,12 @@ def stored_crc32(url: str, group: str, name: str, region: Mapping[str, slice]) -
     return _crc32(np.ascontiguousarray(stored[_selection(stored, region)]))
 
 
-def write_record(url: str, shard: int, record: Mapping[str, Any]) -> None:
-    """Say that a shard is written. Call it after the data.
-
-    Args:
-        url: the store.
-        shard: its number.
-        record: holds `regions`, a list of what `region_record` returns, for `validate` to check; and, where
-            what it is made of may change, `identity`.
-    """
-    said = {"code_version": code_version(), "written": _now()}
-    write_json(url, _record_name(shard), {**record, **said}, indent=None)
-
-
-def _record_name(shard: int) -> str:
-    return f"records/{shard:06d}.json"
-
-
 def region_record(group: str, region: Mapping[str, slice], crc32: Mapping[str, int]) -> dict[str, Any]:
     """What a shard's record says of one region that `write_region` wrote."""
     return {"group": group, "region": {d: [s.start, s.stop] for d, s in region.items()}, "crc32": dict(crc32)}
 
 
-def records(url: str) -> dict[int, dict[str, Any]]:
-    """The records of all shards that are done, by number."""
-    names = [name for name in listed(url, "records") if re.fullmatch(r"\d+\.json", name)]
-    texts = read_all(url, [f"records/{name}" for name in sorted(names)])
-    found = {int(name[len("records/") : -len(".json")]): parsed(text) for name, text in texts.items()}
-    return {shard: record for shard, record in found.items() if record is not None and "regions" in record}
-
-
-def is_written(url: str, shard: int, identity: str | None = None) -> bool:
-    """Whether a shard is done, and is made of this."""
-    record = read_json(url, _record_name(shard))
-    return record is not None and "regions" in record and record.get("identity") == identity
-
-
-def remove_record(url: str, shard: int) -> None:
-    """Have a shard written once more."""
-    fs, path = filesystem(url)
-    with contextlib.suppress(FileNotFoundError):
-        fs.rm_file(f"{path}/{_record_name(shard)}")
-
-
-def pending(url: str, shards: int) -> list[int]:
-    """Shards that are still to be written."""
-    done = records(url)
-    return [shard for shard in range(shards) if shard not in done]
-
-
-def complete(url: str, summary: Mapping[str, Any], done: Mapping[int, Any] | None = None) -> None:
-    """Write the completion record.
-
-    Args:
-        url: the store.
-        summary: what the record adds: `counts`, and `quarantine` (rows of `series`, `file`, `reason`).
-        done: what `records` said, if it has been asked.
-
-    Raises:
-        InputError: a shard has no record.
-    """
-    config, done = config_record(url), records(url) if done is None else done
-    missing = [shard for shard in range(config["shards"]) if shard not in done]
-    if missing:
-        raise InputError(unfinished(url, config["shards"], len(missing)))
-    _sweep(url)
-    record = {
-        "config_hash": config["config_hash"],
-        "shards": config["shards"],
-        "code_version": code_version(),
-        "finished": _now(),
-        **summary,
-    }
-    write_json(url, COMPLETE, record)
-
-
-def _now() -> str:
-    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-
-
-def reopen(url: str) -> None:
-    """Take the completion record away: shards whose records were removed are about to be written again."""
-    fs, path = filesystem(url)
-    if is_complete(url):
-        fs.rm_file(f"{path}/{COMPLETE}")
-
-
-def _sweep(url: str) -> None:
-    """Remove what killed writers left: Zarr writes a local file under another name first."""
-    fs, path = filesystem(url)
-    if isinstance(fs, LocalFileSystem):
-        for name in fs.find(path):
-            if name.endswith(".partial"):
-                fs.rm_file(name)
-
-
 # ------------------------------------------------------------------------------------------ reading
-
-
-def is_complete(url: str) -> bool:
-    """Whether the completion record is there."""
-    return read_json(url, COMPLETE) is not None
 
 
 def open_store(url: str, group: str = "") -> xr.Dataset:
@@ -386,9 +173,11 @@ def open_dataset(url: str, group: str = "", chunks: str = "shards") -> xr.Datase
 
 
 def _check_complete(url: str) -> None:
-    config = config_record(url)
-    if not is_complete(url):
-        raise InputError(unfinished(url, config["shards"], len(pending(url, config["shards"]))))
+    config = records.config_record(url)
+    if not records.is_complete(url):
+        raise InputError(
+            records.unfinished(url, config["shards"], len(records.pending(url, config["shards"])))
+        )
 
 
 def open_unfinished(url: str, group: str = "", decode: bool = False) -> xr.Dataset:
@@ -449,7 +238,7 @@ class Archive:
 
     @cached_property
     def _record(self) -> dict[str, Any]:
-        return config_record(self.url)
+        return records.config_record(self.url)
 
     @property
     def config_hash(self) -> str:
@@ -464,7 +253,7 @@ class Archive:
     @cached_property
     def quarantine(self) -> frozenset[str]:
         """Names of the series that could not be read, and are to be left out."""
-        return frozenset(row["series"] for row in quarantined(self.url))
+        return frozenset(row["series"] for row in records.quarantined(self.url))
 
     def __reduce__(self) -> tuple[type["Archive"], tuple[str]]:
         return Archive, (self.url,)
@@ -491,44 +280,7 @@ def load_coordinates(dataset: xr.Dataset) -> xr.Dataset:
     return loaded.assign_coords(texts)
 
 
-def quarantined(url: str) -> list[dict[str, str]]:
-    """The series that could not be read, each once: rows of `series`, `file` and `reason`.
-
-    Of an unfinished store, those found so far.
-    """
-    done = read_json(url, COMPLETE)
-    return quarantine_of(records(url)) if done is None else list(done.get("quarantine", ()))
-
-
-def quarantine_of(done: Mapping[int, Mapping[str, Any]]) -> list[dict[str, str]]:
-    """The same, from what `records` said."""
-    rows = [row for _, record in sorted(done.items()) for row in record.get("quarantine", ())]
-    return list({row["series"]: row for row in reversed(rows)}.values())[::-1]
-
-
 # ------------------------------------------------------------------------------------------- shared
-
-
-def config_record(url: str) -> dict[str, Any]:
-    """The store's configuration, its hash and the number of its shards.
-
-    Raises:
-        InputError: there is no store at `url`.
-    """
-    found = read_json(url, CONFIG)
-    if found is None or not {"config", "config_hash", "shards"} <= set(found):
-        raise InputError(
-            f"{url} is not a store: it has no {CONFIG}; needed what `prepare` or `forecast` wrote"
-        )
-    return found
-
-
-def unfinished(url: str, shards: int, missing: int) -> str:
-    """How far a store is, in one line."""
-    return (
-        f"{url} is not complete: {shards - missing} of {shards} shards are there; "
-        "run the same command again to finish it"
-    )
 
 
 def _with_plain_strings(dataset: xr.Dataset) -> xr.Dataset:

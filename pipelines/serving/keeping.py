@@ -7,7 +7,7 @@ import numpy as np
 import xarray as xr
 
 from pipelines import forecast_store
-from pipelines.archives import store
+from pipelines.archives import records, store
 from pipelines.serving.forecast import Forecast
 from pipelines.serving.model import Model
 
@@ -18,7 +18,7 @@ def fold(forecast: Forecast, model: Model, url: str, sums: Mapping[str, np.ndarr
         region = {"window": slice(0, 1), "member": forecast.members_of(forecast.chunks_done)}
         kept = {model.task.variable: sums["fields"][None]}
         record = store.region_record("", region, store.write_region(url, "", kept, region))
-        store.write_record(url, 1 + forecast.chunks_done, {"regions": [record]})
+        records.write(url, 1 + forecast.chunks_done, {"regions": [record]})
     forecast.tally.merge(sums)
     forecast.chunks_done += 1
     forecast.sampling_seconds += float(sums["seconds"])
@@ -68,12 +68,12 @@ def write(forecast: Forecast, model: Model, url: str) -> None:
     whole = {"window": slice(0, 1)}
     values = {name: each[None] for name, each in forecast.tally.result(forecast.ensemble.members).items()}
     regions = [store.region_record("", whole, store.write_region(url, "", values, whole))]
-    store.write_record(url, 0, {"regions": regions})
+    records.write(url, 0, {"regions": regions})
     if forecast.ensemble.keep_members:
         for chunk in range(forecast.chunks_done, forecast.chunks):
             # What was not needed any more is missing, and not to be waited for.
-            store.write_record(url, 1 + chunk, {"regions": []})
-    store.complete(url, {"counts": {"windows": 1, "members": forecast.tally.reduction.n}})
+            records.write(url, 1 + chunk, {"regions": []})
+    records.complete(url, {"counts": {"windows": 1, "members": forecast.tally.reduction.n}})
 
 
 def so_far(forecast: Forecast, model: Model) -> xr.Dataset:

@@ -3,7 +3,7 @@
 from dataclasses import asdict, dataclass, replace
 
 from pipelines import configs, plans, runs
-from pipelines.archives import store
+from pipelines.archives import records, store
 from pipelines.archives.store import Archive
 from pipelines.errors import InputError
 from pipelines.events import parse_events
@@ -105,7 +105,7 @@ class Model:
             "drawing": {**asdict(self.guiding), "alignment": None},
             "archive": archive.config_hash if archive is not None else None,
         }
-        return store.config_hash(decides)
+        return records.config_hash(decides)
 
     def context(self, asked: Referenced | Inline) -> Context:
         """The context that is asked for.
