@@ -97,6 +97,9 @@ bench: .venv/installed-test
 	$(BIN)/python tests/benchmarks/bench_prediff.py
 	$(BIN)/python tests/benchmarks/bench_prepare.py
 	$(BIN)/python tests/benchmarks/bench_sst.py
+	$(BIN)/python tests/benchmarks/bench_input.py
+	$(BIN)/python tests/benchmarks/bench_remote.py
+	$(BIN)/python tests/benchmarks/bench_scale.py
 	test ! -d demo/runs/denoiser || $(BIN)/python tests/benchmarks/bench_ensemble.py --run demo/runs/denoiser --archive demo/archive.zarr
 	test ! -d demo/runs/denoiser || PATH=$(BIN):$$PATH $(BIN)/python tests/benchmarks/bench_serve.py --run demo/runs/denoiser --archive demo/archive.zarr
 

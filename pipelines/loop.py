@@ -7,6 +7,7 @@ not, whatever the number of workers before and after.
 
 import contextlib
 import math
+import os
 import resource
 import time
 import zlib
@@ -109,7 +110,8 @@ def work(loop: dict[str, Any]) -> None:
         raise InputError(f"{loop['run']} is out of sight from a worker: needed a store that all nodes share")
     config = configs.from_dict(loop["config"])
     begun = begin(config, open_archive(loop["archive"]), loop["run"], ranks)
-    noticed = False
+    # Where Ray does not watch out for notices, to ask at every step is time lost.
+    noticed = os.environ.get("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER") == "0"
     for _ in begun.steps():
         # That a node is about to be taken away, as spot machines are, Ray Train tells all ranks at the same
         # step. When it is gone, the others begin at this checkpoint.

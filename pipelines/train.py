@@ -212,7 +212,11 @@ def _watch(run: str, monitor: str, steps: int, stop: threading.Event) -> None:
         stopped = False
         while not stopped:
             stopped = stop.wait(1.0)
-            lines = journal.read_metrics(run)
+            try:
+                lines = journal.read_metrics(run)
+            except Exception:
+                # A store that does not answer is the workers' affair: they try again, or say so.
+                continue
             for line in lines:
                 if line["step"] > seen and monitor in line:
                     bar.console.print(f"step {line['step']}: {_said(line, monitor)}", highlight=False)

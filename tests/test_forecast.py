@@ -21,6 +21,7 @@ import pytest
 import torch
 import xarray as xr
 import zarr
+from tiny_archive import timeless
 from tiny_forecast import write_run
 
 from earthformer.config import StemStage
@@ -79,12 +80,14 @@ def values(url, variable="vil"):
 
 
 def content(url):
-    """Bytes of all files but the completion record, which holds the hour."""
-    return {
-        str(path.relative_to(url)): path.read_bytes()
-        for path in sorted(Path(url).rglob("*"))
-        if path.is_file() and path.name != "complete.json"
-    }
+    """Bytes of all files but the completion record, and without the hours at which shards were written."""
+    return timeless(
+        {
+            str(path.relative_to(url)): path.read_bytes()
+            for path in sorted(Path(url).rglob("*"))
+            if path.is_file() and path.name != "complete.json"
+        }
+    )
 
 
 # ---------------------------------------------------------------------------------------- what is written

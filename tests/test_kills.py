@@ -102,9 +102,12 @@ def kill(nodes, what: str, driver: subprocess.Popen, chance: random.Random) -> b
         driver.kill()
         driver.communicate()
         return True
-    busy = workers(nodes)
-    if not busy:
-        return False
+    # A worker that is busy, or a node with one.
+    while not (busy := workers(nodes)):
+        if driver.poll() is not None:
+            return False
+        time.sleep(0.05)
+    time.sleep(chance.uniform(0, 0.5))
     if what == "worker":
         with contextlib.suppress(psutil.NoSuchProcess):
             chance.choice(busy).kill()
@@ -119,6 +122,8 @@ def kill(nodes, what: str, driver: subprocess.Popen, chance: random.Random) -> b
 @pytest.mark.parametrize("verb", ["prepare", "forecast"])
 def test_any_number_of_kills_changes_nothing(tmp_path, nodes, raw, archive, verb):
     chance, killed, rounds = random.Random(7), [], 0
+    kinds = [chance.choice(["driver", "worker", "node"]) for _ in range(KILLS[verb])]
+    assert set(kinds) == {"driver", "worker", "node"}
     while len(killed) < KILLS[verb]:
         url, rounds = tmp_path / f"{rounds}.zarr", rounds + 1
         if verb == "prepare":
@@ -135,8 +140,7 @@ def test_any_number_of_kills_changes_nothing(tmp_path, nodes, raw, archive, verb
                 # At any moment of its start, or soon after it has done something.
                 while driver.poll() is None and time.monotonic() < until and len(watch.stats()) == before:
                     time.sleep(0.05)
-                time.sleep(chance.uniform(0, 0.5))
-                what = chance.choice(["driver", "worker", "node"])
+                what = kinds[len(killed)]
                 if driver.poll() is None and kill(nodes, what, driver, chance):
                     killed.append(what)
                     if what == "driver":
@@ -151,7 +155,6 @@ def test_any_number_of_kills_changes_nothing(tmp_path, nodes, raw, archive, verb
             first = files(url)
         else:
             assert files(url) == first
-    assert set(killed) == {"driver", "worker", "node"}
     if verb == "forecast":
         whole = command(nodes, verb, *words[:-10], "--out", tmp_path / "whole.zarr", *more)
         assert whole.wait(300) == 0

@@ -134,7 +134,8 @@ def test_a_worker_that_is_taken_away_says_so_in_time(document):
         given = drain_node.make_context("ray drain-node", said[2:]).params
         assert given["reason"] == "DRAIN_NODE_REASON_PREEMPTION"
         assert waited == ["sleep", str(given["deadline_remaining_seconds"])]
-        assert given["deadline_remaining_seconds"] < pod["terminationGracePeriodSeconds"]
+        # Ray's command itself takes seconds.
+        assert given["deadline_remaining_seconds"] + 10 <= pod["terminationGracePeriodSeconds"]
 
 
 @pytest.mark.parametrize("document", [d for d in documents() if "entrypoint" in d.values[0]["spec"]])
@@ -144,9 +145,8 @@ def test_entrypoints_are_verbs_and_options_that_exist(document):
     given = parse(words)
     groups = clusters(document)["workerGroupSpecs"]
     if given.get("gpu"):
-        assert sum(group["maxReplicas"] for group in groups if group["groupName"] == "gpu") >= int(
-            given["workers"]
-        )
+        most = int(str(given["workers"]).rpartition(":")[2])
+        assert sum(group["maxReplicas"] for group in groups if group["groupName"] == "gpu") >= most
 
 
 def test_the_service_of_kubernetes_is_that_of_serve_deploy():

@@ -150,10 +150,10 @@ def test_of_training_the_fewest_workers_must_have_room():
     train = ["train", "earthformer", "--task", "sevir", "--archive", "s3://a/b", "--run", "s3://a/r"]
     reserve = {"cpus": 0.0, "gpus": 0.0, "memory_mb": 0.0}
     for asked, count in (("4", 4), ("2:8", 2)):
-        (need,) = stage.needs("train", stage.parse([*train, "--workers", asked]), reserve)
+        (need,) = stage.needs("train", cli.parse([*train, "--workers", asked]), reserve)
         assert need.count == count
     with pytest.raises(InputError, match="--workers 2-8: needed a number, or"):
-        list(stage.needs("train", stage.parse([*train, "--workers", "2-8"]), reserve))
+        list(stage.needs("train", cli.parse([*train, "--workers", "2-8"]), reserve))
 
 
 def test_room_is_counted_in_whole_bundles():

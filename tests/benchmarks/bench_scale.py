@@ -1,18 +1,26 @@
-"""What the driver costs where an archive is large: the catalogue of a million events, and a million shards.
+"""What the driver costs where an archive is large, and what that makes of archives of 1 TB and 1 PB.
 
-    python tests/benchmarks/bench_scale.py [--events 1000000] [--shards 1000000]
+    python tests/benchmarks/bench_scale.py [--events 1000000] [--shards 1000000] [--mb-per-s 60] [--s3]
 
 First a process of its own plans an archive of SEVIR's VIL from a synthetic catalogue and lays it out, up to
 the moment when its first task can run. Then the real driver has Ray Data do so many shards on this machine,
 each of which does nothing: what is left is what the driver itself can do, whatever the number of workers.
+Last, the records of many shards are read, as they are when an archive is completed or gone on with, from this
+machine's disk or (`--s3`) from an S3 server on it.
+
+From these rates and a worker's own (`--mb-per-s`, decoded, as `bench_prepare.py` finds it) follows how long
+each part takes on 10, 100 and 1,000 nodes; the longest is the bottleneck.
 """
 
 import argparse
+import json
 import multiprocessing
 import os
 import resource
+import sys
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +31,12 @@ import xarray as xr
 from rich.console import Console
 from rich.table import Table
 
-from pipelines import engine, prepare
-from pipelines.archives import BrokenFile, Plan, catalog, sevir, store
+from pipelines import engine, prepare, storage
+from pipelines.archives import BrokenFile, Plan, catalog, records, sevir, store
+from pipelines.costs import duration
+
+sys.path.append(str(Path(__file__).parents[1]))
+from tiny_s3 import reserved, serving
 
 FILE_EVENTS = 700
 MOST_SECONDS, MOST_GB = 60.0, 2.0
@@ -98,12 +110,112 @@ def drive(shards: int) -> tuple[float, float]:
     return seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
 
 
+def read_records(url: str, shards: int) -> float:
+    """Seconds to read the records of so many shards of 17 events, which are written first."""
+    places = {
+        f"S{n:07d}": [["data/vil/2018/SEVIR_VIL_STORMEVENTS_2018_0101_0630.h5", [[n, n]]]] for n in range(17)
+    }
+    region = store.region_record("", {"event": slice(0, 17)}, {"vil": 1})
+    said = {"identity": "0" * 16, "regions": [region], "quarantine": [], "sources": places, "source": url}
+    text = json.dumps(
+        {**said, "code_version": "0.1.0+000000000000", "written": "2026-01-01T00:00:00Z"}
+    ).encode()
+    storage.write_all(url, {f"records/{n:06d}.json": text for n in range(shards)})
+    began = time.perf_counter()
+    assert len(records.read(url)) == shards
+    return time.perf_counter() - began
+
+
+def records_read(shards: int, s3: bool) -> float:
+    """Seconds to read so many from this machine's disk, or from an S3 server on it."""
+    if not s3:
+        with tempfile.TemporaryDirectory(prefix="bench-scale-") as scratch:
+            return read_records(scratch, shards)
+    place = reserved()
+    os.environ |= place.environment
+    with serving(place):
+        return read_records("s3://private/archive", shards)
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What was measured, and what a node and an object store are."""
+
+    worker: float
+    """Decoded bytes a second."""
+    plan: float
+    """Seconds an event, of the driver's alone."""
+    plan_bytes: float
+    """The driver's memory an event."""
+    shards: float
+    """That the driver can have done, a second."""
+    records: float
+    """That it reads, a second."""
+    workers: int = 4
+    """Of a node, as in `cluster/raycluster.yaml`."""
+    puts: float = 3500.0
+    """A second, of objects under one prefix, that S3 promises."""
+    shard: float = 128e6
+    event: float = 384 * 384 * 49
+    """Bytes before compression."""
+
+    def hours(self, size: float, nodes: int) -> dict[str, float]:
+        """How long each part would take by itself."""
+        shards = size / self.shard
+        return {
+            "workers": size / (self.worker * self.workers * nodes) / 3600,
+            "PUT requests": 2 * shards / self.puts / 3600,
+            "driver": shards / self.shards / 3600,
+        }
+
+    def alone(self, size: float) -> float:
+        """Hours in which the driver plans, lays out and reads records, and no worker works."""
+        return (size / self.event * self.plan + size / self.shard / self.records) / 3600
+
+
+def outlook(rates: Rates) -> Table:
+    """Archives of 1 TB and 1 PB on 10, 100 and 1,000 nodes."""
+    table = Table(
+        title=f"from these rates and {rates.worker / 1e6:.0f} MB/s a worker, {rates.workers} a node"
+    )
+    for name in (
+        "archive",
+        "nodes",
+        "shards",
+        "driver GB",
+        "driver alone",
+        *rates.hours(1, 1),
+        "first bottleneck",
+    ):
+        table.add_column(name, justify="left" if name in ("archive", "first bottleneck") else "right")
+    for name, size in (("SEVIR, 1 TB", 1e12), ("1 PB", 1e15)):
+        for nodes in (10, 100, 1000):
+            hours, alone = rates.hours(size, nodes), rates.alone(size)
+            memory = size / rates.event * rates.plan_bytes / 1e9
+            longest = max(hours, key=lambda part: hours[part])
+            if alone > hours[longest]:
+                longest = "driver alone"
+            table.add_row(
+                name,
+                f"{nodes:,}",
+                f"{size / rates.shard:,.0f}",
+                f"{memory:.1f}",
+                duration(alone),
+                *map(duration, hours.values()),
+                longest,
+            )
+    return table
+
+
 def main() -> None:
-    """Both, and the table."""
+    """All, and the tables."""
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("--events", type=int, default=1_000_000)
     parser.add_argument("--shards", type=int, default=1_000_000)
+    parser.add_argument("--records", type=int, default=20_000)
+    parser.add_argument("--mb-per-s", type=float, default=60.0, help="a worker's, before compression")
+    parser.add_argument("--s3", action="store_true", help="records are on an S3 server on this machine")
     arguments = parser.parse_args()
     table = Table(title=f"the driver; load before {os.getloadavg()[0]:.1f}")
     for name in ("", "s", "at most", "GB", "at most"):
@@ -117,10 +229,23 @@ def main() -> None:
             limits = (f"{MOST_SECONDS:.0f}", f"{found['GB']:.2f}", f"{MOST_GB:.0f}") if last else ("", "", "")
             name = f"{arguments.events:,} events {what}" + (f" ({found['tasks']:,.0f})" if last else "")
             table.add_row(name, f"{found[what]:.1f}", *limits)
-    seconds, gigabytes = drive(arguments.shards)
-    rate = f"{arguments.shards / seconds:,.0f} shards/s"
-    table.add_row(f"{arguments.shards:,} shards driven, {rate}", f"{seconds:.0f}", "", f"{gigabytes:.2f}", "")
-    Console(width=110).print(table)
+    driven, gigabytes = drive(arguments.shards)
+    rate = f"{arguments.shards / driven:,.0f} shards/s"
+    table.add_row(f"{arguments.shards:,} shards driven, {rate}", f"{driven:.0f}", "", f"{gigabytes:.2f}", "")
+    read = records_read(arguments.records, arguments.s3)
+    rate = f"{arguments.records / read:,.0f} records/s"
+    where = "S3" if arguments.s3 else "disk"
+    table.add_row(f"{arguments.records:,} records read from {where}, {rate}", f"{read:.1f}", "", "", "")
+    console = Console(width=130)
+    console.print(table)
+    rates = Rates(
+        worker=arguments.mb_per_s * 1e6,
+        plan=found["cut into tasks"] / arguments.events,
+        plan_bytes=found["GB"] * 1e9 / arguments.events,
+        shards=arguments.shards / driven,
+        records=arguments.records / read,
+    )
+    console.print(outlook(rates))
 
 
 if __name__ == "__main__":

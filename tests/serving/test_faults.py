@@ -114,7 +114,13 @@ def test_whoever_waits_when_the_gateway_dies_is_told(served, http):
 
 
 def test_a_deadline_gives_what_there_is_marked_as_partial_or_nothing(served, http):
-    late = http.post("/v1/forecasts", params={"wait": "true"}, json=served.request(**LONG, deadline=3.0))
+    for deadline in (3.0, 6.0):
+        late = http.post(
+            "/v1/forecasts", params={"wait": "true"}, json=served.request(**LONG, deadline=deadline)
+        )
+        # Not one chunk may be there in time where the machine is busy.
+        if late.status_code == 200:
+            break
     assert late.status_code == 200, late.text
     status = late.json()
     assert status["status"] == "partial"
