@@ -2,14 +2,11 @@
 
 import contextlib
 import dataclasses
-import os
 import pickle
 import re
 import shutil
-import subprocess
 import sys
 import threading
-import time
 import warnings
 from pathlib import Path
 
@@ -336,37 +333,6 @@ def test_a_killed_replica_costs_nothing(tmp_path, planned, whole):
         killer.join()
     assert killed[0] < cut.shards
     np.testing.assert_allclose(values(url), values(whole), rtol=1e-4, atol=1e-2)
-    assert checks.validate(str(url)) == []
-
-
-def test_a_killed_command_resumes_where_it_was(tmp_path, folder, planned, whole):
-    url = tmp_path / "f.zarr"
-    # Relative to the folder, as a newcomer would have it.
-    command = [sys.executable, "-m", "pipelines.cli", "forecast", "--run", "run", "--archive", "archive.zarr"]
-    command += ["--out", os.path.relpath(url, folder)]
-    how = {"cwd": folder, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    first = subprocess.Popen(command, start_new_session=True, **how)
-    while not recorded(url):
-        assert first.poll() is None, first.communicate()
-        time.sleep(0.002)
-    family = psutil.Process(first.pid).children(recursive=True)
-    first.kill()
-    for process in family:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            process.kill()
-    first.communicate()
-    psutil.wait_procs(family, timeout=20)
-    done = recorded(url)
-    assert 1 <= done < planned.shards
-    with pytest.raises(
-        InputError, match=f"is not complete: {done} of 6 shards are there; run the same command"
-    ):
-        store.open_store(str(url))
-    last = subprocess.run(command, **how)
-    assert (last.returncode, last.stderr) == (0, "")
-    line = last.stdout.strip().splitlines()[-1]
-    assert f"90 windows by earthformer, {90 - 16 * done} of them now, at" in line
-    assert content(url) == content(whole)
     assert checks.validate(str(url)) == []
 
 

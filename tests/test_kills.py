@@ -19,7 +19,7 @@ from tiny_cluster import cluster
 from pipelines.archives import checks, sevir, synthetic
 
 EVENTS = 90
-KILLS = {"prepare": 20, "forecast": 6}
+KILLS = {"prepare": 20, "forecast": 4}
 ROOT = Path(__file__).parents[1]
 
 

@@ -1,10 +1,8 @@
 """Preparing archives: the same however it is cut, spread, killed and resumed; what is bad is left out."""
 
 import contextlib
-import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import threading
@@ -531,57 +529,3 @@ def test_a_full_disk_is_one_line_and_resumes_when_there_is_space(tmp_path, raw, 
         assert_same(url, archive)
     finally:
         subprocess.run(["umount", "--lazy", disk], check=True)
-
-
-class Command:
-    """`earthformer prepare` in a process group of its own."""
-
-    def __init__(self, folder: Path) -> None:
-        command = [*where(Path("raw"), Path("a.zarr")), "--workers", "2"]
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "pipelines.cli", "prepare", "sevir", *command],
-            cwd=folder,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
-        )
-
-    def kill_when(self, reached) -> None:
-        """SIGKILL the command, its cluster and its workers at once."""
-        while not reached():
-            assert self.process.poll() is None, self.process.communicate()
-        family = psutil.Process(self.process.pid).children(recursive=True)
-        os.killpg(self.process.pid, signal.SIGKILL)
-        for process in family:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.kill()
-        self.process.communicate()
-        psutil.wait_procs(family, timeout=20)
-
-
-def test_a_killed_command_resumes_where_it_was(tmp_path, raw, archive):
-    shutil.copytree(raw / "sevir", tmp_path / "raw")
-    url = tmp_path / "a.zarr"
-    shards = [url / f"vil/c/{n}/0/0/0" for n in range(EVENTS)]
-    records = [url / f"records/{n:06d}.json" for n in range(EVENTS)]
-
-    # In the middle of the template.
-    Command(tmp_path).kill_when((url / "episode_id").exists)
-    assert not (url / records.TEMPLATE).exists()
-
-    # When some shards are done.
-    Command(tmp_path).kill_when(lambda: sum(r.exists() for r in records) >= 2)
-    # Between a shard's data and its record: too short a moment to be hit, and this is how it is found.
-    cut = max(n for n in range(EVENTS) if shards[n].exists())
-    records[cut].unlink(missing_ok=True)
-    done = [n for n in range(EVENTS) if n in records.read(str(url))]
-    assert 0 < len(done) < EVENTS
-    before = {n: (shards[n].stat().st_mtime_ns, records[n].stat().st_mtime_ns) for n in done}
-
-    last = Command(tmp_path).process
-    out, err = last.communicate(timeout=300)
-    assert (last.returncode, err) == (0, "")
-    assert f"{EVENTS - len(done)}/{EVENTS} shards written" in out.splitlines()[-1]
-    assert {n: (shards[n].stat().st_mtime_ns, records[n].stat().st_mtime_ns) for n in done} == before
-    assert_same(url, archive)

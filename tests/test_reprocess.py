@@ -66,7 +66,7 @@ def test_a_campaign_is_the_commands_that_one_would_type(tmp_path, raw):
     )
 
 
-def test_it_is_done_once_and_goes_on(tmp_path, raw, ray_cluster, earthformer):
+def test_it_is_done_once_and_goes_on(tmp_path, raw, ray_cluster, in_process, earthformer):
     config, out = written(tmp_path, raw), tmp_path / "out"
     code, said, _ = earthformer("reprocess", "--config", config, "--dry-run")
     assert code == 0
@@ -91,7 +91,7 @@ def test_it_is_done_once_and_goes_on(tmp_path, raw, ray_cluster, earthformer):
     assert (code, said.count("all there before")) == (0, 2)
 
 
-def test_what_fails_stops_what_needs_it_alone(tmp_path, raw, ray_cluster, earthformer):
+def test_what_fails_stops_what_needs_it_alone(tmp_path, raw, ray_cluster, in_process, earthformer):
     gone = shutil.copytree(raw / "raw", tmp_path / "gone")
     config = written(tmp_path, raw, CAMPAIGN.replace("source: RAW,", f"source: {gone},"))
     (gone / "CATALOG.csv").unlink()

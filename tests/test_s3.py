@@ -114,12 +114,11 @@ out: {out}
 prepare:
   lr: {{kind: sevir-lr, source: {base}/raw, shard_mb: 0}}
 forecast:
-  displaced: {{forecaster: displaced, task: sevir-lr, split: train, limit: 3, members: 2, keep_members: true}}
   earthformer: {{run: {base}/run, split: train, limit: 3}}
 """
 
 
-def test_every_stage_is_the_same_there(tmp_path, s3, ray_cluster, capfd):
+def test_every_stage_is_the_same_there(tmp_path, s3, ray_cluster, in_process, capfd):
     task, tiny = TASKS["sevir-lr"], EARTHFORMERS["earthformer_sevir_lr_tiny"]
     model = dataclasses.replace(tiny, context=(7, 48, 48, 1), target=(6, 48, 48, 1))
     synthetic.write_sevir(tmp_path / "raw", events=6, seed=3, size=144)
@@ -129,17 +128,15 @@ def test_every_stage_is_the_same_there(tmp_path, s3, ray_cluster, capfd):
     outs = {str(tmp_path): str(tmp_path / "out"), "s3://private/lr": "s3://private/lr/out"}
     for base, out in outs.items():
         (tmp_path / "c.yaml").write_text(CAMPAIGN.format(base=base, out=out))
-        code, said, err = earthformer(capfd, "reprocess", "--config", str(tmp_path / "c.yaml"))
+        code, _, err = earthformer(capfd, "reprocess", "--config", str(tmp_path / "c.yaml"))
         assert (code, err) == (0, ""), err
-        assert "displaced, 2 members" in said
     here, there = outs.values()
     assert_same(f"{there}/lr.zarr", f"{here}/lr.zarr")
-    for name in ("displaced", "earthformer"):
-        ours, theirs = (xr.open_zarr(f"{out}/lr/{name}.zarr").load() for out in (there, here))
-        assert checks.validate(f"{there}/lr/{name}.zarr") == []
-        xr.testing.assert_equal(ours, theirs)
+    ours, theirs = (xr.open_zarr(f"{out}/lr/earthformer.zarr").load() for out in (there, here))
+    assert checks.validate(f"{there}/lr/earthformer.zarr") == []
+    xr.testing.assert_equal(ours, theirs)
     page = fsspec.filesystem("s3").cat_file(f"{there}/lr.html").decode()
-    assert "CRPS" in page
+    assert "CSI-M" in page
     code, said, _ = earthformer(
         capfd, "lineage", f"{there}/lr/earthformer.zarr", "--chunk", "vil/c/0/0/0/0/0"
     )
@@ -179,10 +176,9 @@ def test_no_more_is_read_than_the_chunks_that_are_wanted(tmp_path, s3, ask):
     assert needed < sent <= 1.1 * needed
 
 
-@pytest.mark.parametrize("seed", [1, 2])
-def test_a_store_under_load_is_asked_again_until_all_is_there(raw, local, s3, ask, seed):
-    url = f"s3://private/faults-{seed}.zarr"
-    with faults(s3.port, share=0.25, seed=seed) as proxy:
+def test_a_store_under_load_is_asked_again_until_all_is_there(raw, local, s3, ask):
+    url = "s3://private/faults.zarr"
+    with faults(s3.port, share=0.25, seed=1) as proxy:
         ask(AWS_ENDPOINT_URL=proxy.url)
         built(sevir.plan(RAW, modalities=("vil", "lght"), shard_mb=0), url)
     ask(AWS_ENDPOINT_URL=s3.endpoint)
