@@ -453,9 +453,11 @@ def report(
     from pipelines import sheets
     from pipelines.report import report
 
-    for table in sheets.tables(report(forecasts, archive, out)):
+    page = report(forecasts, archive, out)
+    for table in sheets.tables(page.cards):
         console.print(table)
-    console.print(f"{out}: written")
+    done = "written" if page.written else "all there before"
+    console.print(escape(f"{out}: {done}"), highlight=False, soft_wrap=True)
 
 
 @app.command()

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import fsspec
 import jinja2
@@ -13,6 +13,7 @@ import numpy as np
 from earthformer.ensemble_scores import surviving
 from earthformer.scores import NINO34_LAT, NINO34_LON
 from pipelines import maps, plots, verification, windows
+from pipelines.archives.records import config_hash
 from pipelines.archives.store import Archive, open_archive
 from pipelines.errors import InputError
 from pipelines.maps import Row
@@ -33,6 +34,15 @@ EVENTS = 4
 """Events of which maps are shown."""
 
 
+class Page(NamedTuple):
+    """What `report` did."""
+
+    cards: Sequence[ScoreCard]
+    """The scores on the page."""
+    written: bool
+    """By this call."""
+
+
 @dataclass(frozen=True)
 class Case:
     """A window that is shown."""
@@ -50,8 +60,10 @@ def report(
     *,
     cards: Sequence[ScoreCard] | None = None,
     cases: int = 3,
-) -> Sequence[ScoreCard]:
-    """Write the page at `out`; it holds its images and asks nothing of the network. Returns the scores on it.
+) -> Page:
+    """Write the page at `out`; it holds its images and asks nothing of the network.
+
+    Where the page of the same forecasts, by the same code, is there, it is left as it is.
 
     Args:
         forecasts: URLs of finished forecasts of the same windows; the first is drawn as the baseline.
@@ -70,8 +82,14 @@ def report(
         cards = scored(forecasts, archive)
     check_comparable(cards)
     sources = [open_forecast(url, opened) for url in forecasts]
-    if [card.forecast_hash for card in cards] != [source.store.config_hash for source in sources]:
+    hashes = [source.store.config_hash for source in sources]
+    if [card.forecast_hash for card in cards] != hashes:
         raise InputError(f"{len(cards)} score cards are not of the forecasts {', '.join(forecasts)}")
+    commands = _commands(sources, archive, out)
+    made_of = config_hash([hashes, opened.config_hash, commands, cases, code_version()])
+    fs, path = fsspec.core.url_to_fs(out)
+    if _is_made_of(fs, path, made_of):
+        return Page(cards, written=False)
     page = jinja2.Template(TEMPLATE.read_text(), autoescape=True, undefined=jinja2.StrictUndefined).render(
         title=f"{cards[0].task.name.upper()}: {', '.join(labels(cards))}",
         headline=headline(cards),
@@ -85,13 +103,22 @@ def report(
         reading=_reading(cards[0].task, not maps.metric(sources[0])),
         sources=[_provenance(source, card) for source, card in zip(sources, cards, strict=True)],
         archive={"url": archive, "hash": opened.config_hash, "kind": opened.kind},
-        commands=_commands(sources, archive, out),
+        commands=commands,
         version=code_version(),
+        made_of=made_of,
     )
-    fs, path = fsspec.core.url_to_fs(out)
     fs.makedirs(path.rpartition("/")[0], exist_ok=True)
     fs.pipe_file(path, page.encode())
-    return cards
+    return Page(cards, written=True)
+
+
+def _is_made_of(fs: fsspec.AbstractFileSystem, path: str, made_of: str) -> bool:
+    """Whether a page is there that was made of the same, and is whole."""
+    try:
+        page = fs.cat_file(path)
+    except FileNotFoundError:
+        return False
+    return f'content="{made_of}"'.encode() in page[:1000] and page.rstrip().endswith(b"</html>")
 
 
 # -------------------------------------------------------------------------------------------- sentences

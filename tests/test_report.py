@@ -4,6 +4,7 @@ import base64
 import dataclasses
 import io
 import re
+from functools import partial
 
 import numpy as np
 import pytest
@@ -103,9 +104,17 @@ def test_frames_are_drawn_in_the_vil_colours(page):
 
 def test_the_same_page_twice(tmp_path, page, forecasts, archive, cards):
     out = tmp_path / "again.html"
-    report(forecasts, archive.url, str(out), cards=cards, cases=2)
+    made = partial(report, forecasts, archive.url, str(out), cards=cards)
+    assert made(cases=2).written
     again = out.read_text(encoding="utf-8")
-    assert page.split("<pre>")[0] == again.split("<pre>")[0]
+    shown, again_shown = (text.split("<style>")[1].split("<pre>")[0] for text in (page, again))
+    assert shown == again_shown
+    # It is not made a third time, unless it is another, or was cut off.
+    assert not made(cases=2).written
+    assert made(cases=1).written
+    out.write_text(again[:-100])
+    assert made(cases=2).written
+    assert out.read_text(encoding="utf-8") == again
 
 
 def test_cards_of_other_forecasts_are_refused(tmp_path, forecasts, archive, cards):
