@@ -21,11 +21,11 @@ import numpy as np
 import ray
 import torch
 import zarr
-from bench_prepare import EVENT_MB, raw_archive
 from rich.console import Console
 from rich.table import Table
 
 from pipelines import engine, windows
+from pipelines.archives import synthetic
 from pipelines.archives.store import Archive
 from pipelines.prepare import prepare
 from pipelines.series import Window
@@ -69,10 +69,10 @@ def main() -> None:
 def measure(arguments: argparse.Namespace, scratch: Path) -> None:
     """All ways, `repeats` times in turn."""
     task, load = TASKS[arguments.task], os.getloadavg()[0]
-    source, _ = raw_archive(scratch, round(arguments.events * EVENT_MB))
+    synthetic.write_sevir(scratch / "raw", events=arguments.events)
     url = str(scratch / "archive.zarr")
     engine.connect(2, address="local")
-    prepare(arguments.task, str(source), url, progress=False)
+    prepare(arguments.task, str(scratch / "raw"), url, progress=False)
     archive = Archive(url)
     row = archive.positions("event")
     order = windows.epoch_order(windows.enumerate_windows(task, archive, "train"), seed=0, epoch=0)

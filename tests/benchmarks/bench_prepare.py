@@ -2,18 +2,19 @@
 
     python tests/benchmarks/bench_prepare.py [--mb 1000] [--repeats 3] [--folder FOLDER] [--times 1]
 
-The raw archive is synthetic SEVIR VIL in the real layout, written once (and kept in FOLDER, if one is given).
-All ways inflate its HDF5, turn each event to (time, y, x) and write shards of the same Zarr array with the
-same codec, in turn, in one run. `prepare` and the bare loop of processes have one worker and then two, whose
-processes are started, and have imported what they need, before the clock runs. xarray opens the files with
-h5netcdf, chunks them by shards and writes them with `to_zarr` on as many of Dask's threads as there are
-processors.
+The raw archive is synthetic SEVIR VIL in the real layout, one file of so many MB as it is stored, written
+once (and kept in FOLDER, if one is given). All ways inflate its HDF5, turn each event to (time, y, x) and
+write shards of the same Zarr array with the same codec, in turn, in one run. `prepare` and the bare loop of
+processes have one worker and then two, whose processes are started, and have imported what they need, before
+the clock runs. xarray opens the files with h5netcdf, chunks them by shards and writes them with `to_zarr` on
+as many of Dask's threads as there are processors.
 
 Speed is in decoded pixels (one byte each); memory is the peak of a worker's resident set over its life. With
 `--times 10` a source of ten times the size is prepared once more, for its memory.
 """
 
 import argparse
+import math
 import multiprocessing
 import os
 import shutil
@@ -26,6 +27,7 @@ from pathlib import Path
 
 import h5py
 import numpy as np
+import pandas as pd
 import psutil
 import ray
 import xarray as xr
@@ -38,6 +40,7 @@ from pipelines.archives import sevir, store, synthetic
 from pipelines.prepare import prepare
 
 EVENT_MB = 384 * 384 * 49 / 1e6
+DISTINCT = 24
 SHARD_MB = 128
 Job = tuple[str, str, int, list[tuple[str, int]]]
 
@@ -127,7 +130,7 @@ def main() -> None:
     """Write the raw archive, measure all ways in turn, and print the table."""
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
-    parser.add_argument("--mb", type=int, default=1000, help="raw size")
+    parser.add_argument("--mb", type=int, default=1000, help="size of the raw file")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--times", type=int, default=1, help="also prepare a source so many times as large")
     parser.add_argument("--folder", help="where the raw archive is kept, or is found")
@@ -137,11 +140,35 @@ def main() -> None:
 
 
 def raw_archive(folder: Path, megabytes: int) -> tuple[Path, int]:
-    """Where it is, and how many events it has."""
-    events = max(4, round(megabytes / EVENT_MB))
-    if not (folder / f"sevir-{events}" / "CATALOG.csv").exists():
-        synthetic.write_sevir(folder / f"sevir-{events}", events=events)
-    return folder / f"sevir-{events}", events
+    """SEVIR's VIL in one file of so many MB, and how many events that is.
+
+    It holds the stored chunks of a few synthetic events again and again.
+    """
+    place = folder / f"sevir-{megabytes}"
+    if (place / "CATALOG.csv").exists():
+        return place, len(pd.read_csv(place / "CATALOG.csv"))
+    synthetic.write_sevir(folder / "few", events=DISTINCT)
+    few = pd.read_csv(folder / "few/CATALOG.csv", dtype={"id": str})
+    chunks = []
+    for name, index in zip(few["file_name"], few["file_index"], strict=True):
+        with h5py.File(folder / "few/data" / name) as file:
+            chunks.append(file["vil"].id.read_direct_chunk((index, 0, 0, 0))[1])
+    events = math.ceil(megabytes * 1e6 / np.mean([len(chunk) for chunk in chunks]))
+    rows = few.iloc[np.arange(events) % DISTINCT].assign(
+        file_name=few["file_name"][0], file_index=range(events)
+    )
+    rows["id"] = [f"S{number:06d}" for number in range(events)]
+    path = place / "data" / few["file_name"][0]
+    path.parent.mkdir(parents=True)
+    with h5py.File(path, "w") as file:
+        file["id"] = rows["id"].to_numpy().astype("S10")
+        shape = (events, 384, 384, 49)
+        gzip = {"chunks": (1, *shape[1:]), "compression": "gzip", "compression_opts": 1}
+        vil = file.create_dataset("vil", shape, "u1", **gzip)
+        for number in range(events):
+            vil.id.write_direct_chunk((number, 0, 0, 0), chunks[number % DISTINCT])
+    rows.to_csv(place / "CATALOG.csv", index=False)
+    return place, events
 
 
 def ours(source: Path, target: Path, workers: int) -> tuple[float, float]:
@@ -184,8 +211,8 @@ def measure(arguments: argparse.Namespace, folder: Path, scratch: Path) -> None:
             seconds["xarray and Dask"].append(time.perf_counter() - start)
             shutil.rmtree(target)
     table = Table(
-        title=f"SEVIR, {megabytes:.0f} MB raw to {stored:.0f} MB; median of {arguments.repeats}, without "
-        f"start-up; load before {load:.1f}"
+        title=f"SEVIR, {arguments.mb} MB of HDF5, {megabytes:.0f} MB of pixels, to {stored:.0f} MB; "
+        f"median of {arguments.repeats}, without start-up; load before {load:.1f}"
     )
     for name in (
         "workers",

@@ -19,50 +19,25 @@ from pathlib import Path
 import fsspec
 import h5py
 import numpy as np
-import pandas as pd
 import s3fs
-from bench_prepare import EVENT_MB
+from bench_prepare import EVENT_MB, raw_archive
 from rich.console import Console
 from rich.table import Table
 
-from pipelines.archives import sevir, synthetic
+from pipelines.archives import sevir
 
 sys.path.append(str(Path(__file__).parents[1]))
 from tiny_faults import Faults, faults
 from tiny_s3 import reserved, serving
 
-DISTINCT = 24
 URL = "s3://private/raw"
-
-
-def write_large(folder: Path, megabytes: int) -> Path:
-    """One file of so many MB, of the stored chunks of a few events again and again, and its catalogue."""
-    synthetic.write_sevir(folder / "few", events=DISTINCT)
-    few = pd.read_csv(folder / "few/CATALOG.csv", dtype={"id": str})
-    (name, of), *_ = few.groupby("file_name")
-    with h5py.File(folder / "few/data" / name) as source:
-        chunks = [source["vil"].id.read_direct_chunk((place, 0, 0, 0))[1] for place in of["file_index"]]
-        events = int(np.ceil(megabytes * 1e6 / np.mean([len(chunk) for chunk in chunks])))
-        ids = [f"S{number:06d}" for number in range(events)]
-        path = folder / "raw/data" / name
-        path.parent.mkdir(parents=True)
-        with h5py.File(path, "w") as file:
-            file["id"] = np.array(ids, dtype="S10")
-            shape = (events, *source["vil"].shape[1:])
-            made = file.create_dataset(
-                "vil", shape, "u1", chunks=(1, *shape[1:]), compression="gzip", compression_opts=1
-            )
-            for place in range(events):
-                made.id.write_direct_chunk((place, 0, 0, 0), chunks[place % len(chunks)])
-    rows = of.iloc[np.arange(events) % len(of)].assign(id=ids, file_index=range(events))
-    rows.to_csv(folder / "raw/CATALOG.csv", index=False)
-    return path
 
 
 def by_h5py(shard: sevir.SevirShard, block: int) -> int:
     """The same events, read by h5py over fsspec with its read-ahead; how many."""
     ((name, rows),) = shard.by_file("vil").items()
-    with fsspec.open(f"{URL}/data/{name}", block_size=block) as opened, h5py.File(opened) as file:
+    fs = fsspec.filesystem("s3")
+    with fs.open(f"{URL}/data/{name}", block_size=block) as opened, h5py.File(opened) as file:
         for row in rows:
             assert file["vil"][row.index].any()
     return len(rows)
@@ -110,8 +85,10 @@ def main() -> None:
     place = reserved()
     os.environ |= place.environment
     with tempfile.TemporaryDirectory(prefix="bench-remote-") as folder, serving(place):
-        gigabytes = write_large(Path(folder), arguments.mb).stat().st_size / 1e9
-        fsspec.filesystem("s3").put(f"{folder}/raw", URL, recursive=True)
+        source, _ = raw_archive(Path(folder), arguments.mb)
+        (path,) = source.rglob("*.h5")
+        gigabytes = path.stat().st_size / 1e9
+        fsspec.filesystem("s3").put(str(source), URL, recursive=True)
         with faults(place.port, delay=arguments.delay) as proxy:
             os.environ["AWS_ENDPOINT_URL"] = proxy.url
             s3fs.S3FileSystem.clear_instance_cache()
