@@ -45,8 +45,8 @@ def connect(workers: int | None = None, address: str | None = None) -> None:
     # Threads that wait for one another by spinning, as OpenMP's do unless told otherwise, make a step up to
     # a hundred times slower when another process wants the processor, as Ray Data's tasks do.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    # Of chunks that many threads have had in turn, glibc keeps an arena of memory for each of them: a worker of
-    # `prepare` grew to 1.3 GB instead of 0.6.
+    # Of chunks that many threads have had in turn, glibc keeps an arena of memory for each of them: a worker
+    # of `prepare` grew to 1.3 GB instead of 0.6.
     os.environ.setdefault("MALLOC_ARENA_MAX", "2")
     # Ray ends a worker process that was idle for a second, and each new one imports PyTorch again: 3 seconds
     # of a core at every epoch.
