@@ -183,7 +183,7 @@ def list_(context: typer.Context) -> None:
     """List the jobs of the cluster, the latest first."""
     table = Table()
     for name in ("job", "status", "started", "took", "verb"):
-        table.add_column(name, overflow="fold", no_wrap=name == "job")
+        table.add_column(name, overflow="ellipsis" if name == "verb" else "fold", no_wrap=True)
     with connected(context.obj.address) as client:
         found = [job for job in client.list_jobs() if job.submission_id]
     for job in sorted(found, key=lambda job: job.start_time or 0, reverse=True):

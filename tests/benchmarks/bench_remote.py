@@ -39,7 +39,7 @@ def by_h5py(shard: sevir.SevirShard, block: int) -> int:
     fs = fsspec.filesystem("s3")
     with fs.open(f"{URL}/data/{name}", block_size=block) as opened, h5py.File(opened) as file:
         for row in rows:
-            assert file["vil"][row.index].any()
+            assert file["vil"][row.file_index].any()
     return len(rows)
 
 
