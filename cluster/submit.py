@@ -183,11 +183,12 @@ def list_(context: typer.Context) -> None:
     """List the jobs of the cluster, the latest first."""
     table = Table()
     for name in ("job", "status", "started", "took", "verb"):
-        table.add_column(name, overflow="ellipsis" if name == "verb" else "fold", no_wrap=True)
+        table.add_column(name, overflow="fold", no_wrap=name == "job")
     with connected(context.obj.address) as client:
         found = [job for job in client.list_jobs() if job.submission_id]
     for job in sorted(found, key=lambda job: job.start_time or 0, reverse=True):
-        verb = job.entrypoint.removeprefix(f"{ENTRY} ")
+        # `status` has the options too.
+        verb, *_ = job.entrypoint.removeprefix(f"{ENTRY} ").split(" --")
         table.add_row(str(job.submission_id), job.status.value, _started(job), _took(job), escape(verb))
     cli.console.print(table)
 
