@@ -151,12 +151,13 @@ def send(context: typer.Context) -> None:
 
 @app.command()
 def status(context: typer.Context, job: Annotated[str, typer.Argument(help="The job's id.")]) -> None:
-    """Say how a job stands; exit code 1 when it failed or was stopped."""
+    """Say how a job stands, and what its command is; exit code 1 when it failed or was stopped."""
     from ray.job_submission import JobStatus
 
     with connected(context.obj.address) as client:
         found = client.get_job_info(job)
-    cli.console.print(escape(_line(found)), highlight=False, soft_wrap=True)
+    for line in (_line(found), f"earthformer {_words(found)}"):
+        cli.console.print(escape(line), highlight=False, soft_wrap=True)
     if found.status in (JobStatus.FAILED, JobStatus.STOPPED):
         raise typer.Exit(1)
 
@@ -187,8 +188,8 @@ def list_(context: typer.Context) -> None:
     with connected(context.obj.address) as client:
         found = [job for job in client.list_jobs() if job.submission_id]
     for job in sorted(found, key=lambda job: job.start_time or 0, reverse=True):
-        # `status` has the options too.
-        verb, *_ = job.entrypoint.removeprefix(f"{ENTRY} ").split(" --")
+        # Options are told by `status`: here they would not fit.
+        verb, *_ = _words(job).split(" --")
         table.add_row(str(job.submission_id), job.status.value, _started(job), _took(job), escape(verb))
     cli.console.print(table)
 
@@ -301,6 +302,11 @@ def _line(job: "JobDetails") -> str:
     why, _, _ = (job.message or "").partition(", last available logs")
     said = f": {' '.join(why.split())}" if job.status == JobStatus.FAILED else ""
     return f"{job.submission_id}: {job.status.value.lower()}{f' after {took}' if took else ''}{said}"
+
+
+def _words(job: "JobDetails") -> str:
+    """The verb and its options, as they were given."""
+    return job.entrypoint.removeprefix(f"{ENTRY} ")
 
 
 def _started(job: "JobDetails") -> str:

@@ -86,30 +86,18 @@ def prepare(
     from pipelines import prepare as stage
 
     types = tuple(name.strip() for name in modalities.split(","))
+    asked: dict[str, Any] = {
+        "modalities": types,
+        "variable": variable,
+        "workers": workers,
+        "shard_mb": shard_mb,
+    }
     if dry_run:
-        found = stage.estimate(
-            kind,
-            source,
-            archive,
-            modalities=types,
-            variable=variable,
-            workers=workers,
-            shard_mb=shard_mb,
-            prices=costs.read_prices(prices) if prices else None,
-        )
+        table = costs.read_prices(prices) if prices else None
+        found = stage.estimate(kind, source, archive, prices=table, **asked)
         console.print(escape(str(found)), highlight=False, soft_wrap=True)
         return
-    summary = stage.prepare(
-        kind,
-        source,
-        archive,
-        modalities=types,
-        variable=variable,
-        workers=workers,
-        memory_mb=memory_mb,
-        shard_mb=shard_mb,
-        strict=strict,
-    )
+    summary = stage.prepare(kind, source, archive, memory_mb=memory_mb, strict=strict, **asked)
     _print_quarantine(summary.quarantine)
     console.print(escape(str(summary)), highlight=False, soft_wrap=True)
 

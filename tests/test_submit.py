@@ -78,6 +78,7 @@ def test_jobs_are_listed_followed_and_stopped(nodes, raw, tmp_path):
     assert submitted(nodes, "logs", job).returncode == 1
     ended = submitted(nodes, "status", job)
     assert (ended.returncode, ended.stdout.split(":")[1].split()[0]) == (1, "stopped")
+    assert ended.stdout.splitlines()[1].startswith("earthformer prepare sevir --source ")
     listed = submitted(nodes, "list").stdout
     assert job in listed
     unknown = submitted(nodes, "status", "nothing")

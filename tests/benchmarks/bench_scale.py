@@ -97,8 +97,8 @@ def nothing(row: dict[str, Any], **_: Any) -> dict[str, Any]:
     return {"written": True, "items": 1, "bytes": 0}
 
 
-def drive(shards: int) -> tuple[float, float]:
-    """Seconds for so many shards of nothing, and the peak of the driver's memory in GB."""
+def drive(shards: int) -> tuple[float, int, float]:
+    """Seconds for so many shards of nothing, in how many tasks, and the peak of the driver's memory in GB."""
     one = BrokenFile("a file of SEVIR's, of a name as long as they are", "nothing")
     plan = Plan("sevir", {"": xr.Dataset()}, {}, {}, (one,) * shards, shards, 0, 0, 0)
     engine.connect(address="local")
@@ -106,8 +106,9 @@ def drive(shards: int) -> tuple[float, float]:
     began = time.perf_counter()
     prepare._write_all(plan, "nowhere", range(shards), None, None, False, False)
     seconds = time.perf_counter() - began
+    tasks = sum(1 for _ in prepare._tasks(range(shards), int(ray.cluster_resources()["CPU"])))
     ray.shutdown()
-    return seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+    return seconds, tasks, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
 
 
 def read_records(url: str, shards: int) -> float:
@@ -147,8 +148,8 @@ class Rates:
     """Seconds an event, of the driver's alone."""
     plan_bytes: float
     """The driver's memory an event."""
-    shards: float
-    """That the driver can have done, a second."""
+    tasks: float
+    """That the driver can have done, a second; a task has eight shards, or more of very many."""
     records: float
     """That it reads, a second."""
     workers: int = 4
@@ -161,11 +162,12 @@ class Rates:
 
     def hours(self, size: float, nodes: int) -> dict[str, float]:
         """How long each part would take by itself."""
-        shards = size / self.shard
+        shards = round(size / self.shard)
+        tasks = sum(1 for _ in prepare._tasks(range(shards), self.workers * nodes))
         return {
             "workers": size / (self.worker * self.workers * nodes) / 3600,
             "PUT requests": 2 * shards / self.puts / 3600,
-            "driver": shards / self.shards / 3600,
+            "driver": tasks / self.tasks / 3600,
         }
 
     def alone(self, size: float) -> float:
@@ -229,8 +231,8 @@ def main() -> None:
             limits = (f"{MOST_SECONDS:.0f}", f"{found['GB']:.2f}", f"{MOST_GB:.0f}") if last else ("", "", "")
             name = f"{arguments.events:,} events {what}" + (f" ({found['tasks']:,.0f})" if last else "")
             table.add_row(name, f"{found[what]:.1f}", *limits)
-    driven, gigabytes = drive(arguments.shards)
-    rate = f"{arguments.shards / driven:,.0f} shards/s"
+    driven, tasks, gigabytes = drive(arguments.shards)
+    rate = f"{arguments.shards / driven:,.0f} shards/s, {tasks / driven:.0f} tasks/s"
     table.add_row(f"{arguments.shards:,} shards driven, {rate}", f"{driven:.0f}", "", f"{gigabytes:.2f}", "")
     read = records_read(arguments.records, arguments.s3)
     rate = f"{arguments.records / read:,.0f} records/s"
@@ -242,7 +244,7 @@ def main() -> None:
         worker=arguments.mb_per_s * 1e6,
         plan=found["cut into tasks"] / arguments.events,
         plan_bytes=found["GB"] * 1e9 / arguments.events,
-        shards=arguments.shards / driven,
+        tasks=tasks / driven,
         records=arguments.records / read,
     )
     console.print(outlook(rates))
