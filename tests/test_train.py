@@ -3,21 +3,14 @@
 import dataclasses
 import itertools
 import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
-import psutil
 import pytest
 import ray
 import safetensors.torch
 import torch
-import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
@@ -381,46 +374,6 @@ def test_three_workers_take_the_steps_of_one(tmp_path, archive, undisturbed, cap
     assert (Path(run) / "run.json").stat().st_mtime_ns == written
 
 
-def test_a_killed_worker_and_a_killed_driver_lose_nothing(tmp_path, archive, undisturbed):
-    run, overlay = tmp_path / "run", tmp_path / "overlay.yaml"
-    overlay.write_text(yaml.safe_dump(OVERLAY))
-    command = [sys.executable, "-m", "pipelines.cli", "train", "earthformer", "--task", "sevir"]
-    command += ["--preset", "earthformer_sevir_tiny", "--config", str(overlay)]
-    command += ["--archive", archive, "--run", str(run), "--workers", "1"]
-    # Its own cluster, not the suite's.
-    environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
-
-    def started() -> subprocess.Popen:
-        return subprocess.Popen(
-            command, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True
-        )
-
-    process = started()
-    wait_for_step(run, process, 3)
-    workers = [
-        p
-        for p in psutil.Process(process.pid).children(recursive=True)
-        if "RayTrainWorker" in p.name() or any("RayTrainWorker" in part for part in p.cmdline())
-    ]
-    assert len(workers) == 1
-    workers[-1].kill()
-    wait_for_step(run, process, 7)
-    family = [process, *psutil.Process(process.pid).children(recursive=True)]
-    os.killpg(process.pid, signal.SIGKILL)
-    for member in family[1:]:
-        if member.is_running():
-            member.kill()
-    process.wait()
-    assert not (run / "run.json").exists()
-
-    process = started()
-    _, said = process.communicate(timeout=300)
-    assert process.returncode == 0, said
-    assert "Traceback" not in said
-    assert json.loads((run / "run.json").read_text())["steps"] == STEPS
-    same(outcome(str(run)), outcome(undisturbed), 2e-3)
-
-
 def test_a_run_that_cannot_go_on_is_not_tried_again(tmp_path, archive):
     run = tmp_path / "run"
     with pytest.raises(InputError, match=r"^training diverged at step 3: loss (nan|inf)"):
@@ -440,19 +393,6 @@ def test_what_a_worker_says_stays_one_line(ray_cluster):
         ray.get(fails.remote())
     assert str(boundary_error(caught.value)) == "found this: needed that"
     assert boundary_error(ValueError("a bug")) is None
-
-
-def wait_for_step(run: Path, process: subprocess.Popen, step: int) -> None:
-    """Return as soon as the run has a checkpoint of that step or later."""
-    deadline = time.monotonic() + 200
-    while time.monotonic() < deadline:
-        records = journal.checkpoints(str(run))
-        if records and records[-1]["step"] >= step:
-            assert not records[-1]["finished"], "too fast to be killed"
-            return
-        assert process.poll() is None, process.stderr.read()
-        time.sleep(0.02)
-    raise AssertionError(f"no checkpoint of step {step}")
 
 
 # -------------------------------------------------------------------------------------------- bad input
