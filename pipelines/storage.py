@@ -30,6 +30,8 @@ _PATIENT = {
 }
 _s3 = fsspec.config.conf.setdefault("s3", {})
 _s3["config_kwargs"] = {**_PATIENT, **_s3.get("config_kwargs", {})}
+# s3fs would ask for the size of each object before it fetches it, to fetch large ones in parts.
+_s3.setdefault("max_concurrency", 1)
 
 
 # ----------------------------------------------------------------------------------------- file systems

@@ -176,6 +176,17 @@ def test_no_more_is_read_than_the_chunks_that_are_wanted(tmp_path, s3, ask):
     assert needed < sent <= 1.1 * needed
 
 
+def test_a_file_is_one_request(s3, ask):
+    contents = {f"records/{n}.json": b"{}" for n in range(20)}
+    storage.write_all("s3://private/small", contents)
+    with faults(s3.port) as proxy:
+        ask(AWS_ENDPOINT_URL=proxy.url)
+        storage.filesystem("s3://private/small")
+        before = proxy.done["well"]
+        assert storage.read_all("s3://private/small", [*contents, "absent"]) == {**contents, "absent": None}
+        assert proxy.done["well"] - before == len(contents) + 1
+
+
 def test_a_store_under_load_is_asked_again_until_all_is_there(raw, local, s3, ask):
     url = "s3://private/faults.zarr"
     with faults(s3.port, share=0.25, seed=1) as proxy:
